@@ -1,0 +1,122 @@
+"""Cross-entropy over a sharded vocabulary, in chunks, with its gradient computed in the same pass.
+
+Full logits never exist: each device turns `chunk` of its tokens at a time into float32 logits over its part of the
+vocabulary, reduces them to three numbers a token, and turns them at once into the gradients of its input and weight.
+The backward pass only scales those by the incoming scalar.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpar.parallel import vocabulary
+from jaxpar.sharding import Rules
+
+# B batch, S sequence, D model dim, V vocabulary, N tokens of one device, C tokens of one chunk.
+
+
+class LossSums(NamedTuple):
+    """float32 scalars, sums over the valid tokens: the objective (differentiable), and its two parts."""
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+    z: jax.Array
+
+
+def count_valid(targets: jax.Array) -> jax.Array:
+    """Number of tokens that have a target (target >= 0), float32 scalar."""
+    return jnp.sum(targets >= 0, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def cross_entropy(
+    x_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array, rules: Rules, chunk: int, z_loss: float
+) -> LossSums:
+    """Summed cross-entropy of next-token prediction, plus `z_loss` times the summed square of the log-partition.
+
+    Args:
+      x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
+      w_DV: head as stored, sharded (fsdp, tensor); gathered over fsdp in the dtype of `x_BSD`.
+      targets_BS: int32 next tokens, sharded (batch, seq); -1 has no loss.
+      rules: the sharding table.
+      chunk: tokens a device works on at a time.
+      z_loss: weight of the z-loss (PaLM; Chowdhery et al., 2022).
+
+    Returns:
+      `LossSums`; only `objective` has a gradient.
+
+    Communication: w over fsdp (all-gather); x over tensor if the residual is sharded there (all-gather); two
+    all-reduces over tensor a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
+    sequence parallelism all-reduce), dw over fsdp (reduce-scatter) and over the other batch axes (all-reduce).
+    """
+    return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
+
+
+def _forward(x_BSD, w_DV, targets_BS, rules, chunk, z_loss):
+    return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=True)
+
+
+def _backward(rules, chunk, z_loss, gradients, cotangent: LossSums):
+    del rules, chunk, z_loss
+    scale = cotangent.objective
+    dx_BSD, dw_DV = gradients
+    return (dx_BSD * scale).astype(dx_BSD.dtype), dw_DV * scale, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
+    """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they are typed."""
+    residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed_fsdp", "vocab")
+    every_token_axis = rules.spec("batch", "seq")
+    local = functools.partial(
+        _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq
+    )
+    sums, grads = jax.shard_map(
+        local,
+        in_specs=(residual, weight, every_token_axis),
+        out_specs=((every_token_axis,) * 2, (residual, weight) if gradients else None),
+        check_vma=False,  # nothing is differentiated through it; that dw is summed is for the parity tests to show
+    )(x_BSD, w_DV, targets_BS)
+    ce, z = (jnp.sum(part) for part in sums)
+    return LossSums(ce + z_loss * z, ce, z), grads
+
+
+def _local(x_bsD, w_dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, shard_seq: bool):
+    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks."""
+    dtype = x_bsD.dtype
+    x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
+    w_Dv = vocabulary.gather_weight(w_dv.astype(dtype))
+    shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
+    pad = -targets_bs.size % size
+    x_CcD = jnp.pad(x_bSD.reshape(-1, dim), ((0, pad), (0, 0))).reshape(-1, size, dim)
+    targets_Cc = jnp.pad(targets_bs.reshape(-1), (0, pad), constant_values=-1).reshape(-1, size)
+
+    def step(carry, scanned):
+        ce, z, dw_Dv = carry
+        x_cD, target_c = scanned
+        logits_cv = jnp.dot(x_cD, w_Dv, preferred_element_type=jnp.float32)
+        lse_c, target_logit_c, hit_cv = vocabulary.log_partition(logits_cv, target_c)
+        valid_c = (target_c >= 0).astype(jnp.float32)
+        ce += jnp.sum(valid_c * (lse_c - target_logit_c))
+        z += jnp.sum(valid_c * lse_c**2)
+        if not gradients:
+            return (ce, z, dw_Dv), None
+        probability_cv = jnp.exp(logits_cv - lse_c[:, None])
+        scale_c = valid_c * (1 + 2 * z_loss * lse_c)
+        dlogits_cv = (scale_c[:, None] * probability_cv - jnp.where(hit_cv, valid_c[:, None], 0)).astype(dtype)
+        dw_Dv += jnp.einsum("cD,cv->Dv", x_cD, dlogits_cv, preferred_element_type=jnp.float32)
+        return (ce, z, dw_Dv), jnp.einsum("cv,Dv->cD", dlogits_cv, w_Dv)
+
+    zero = jnp.zeros((), jnp.float32)
+    dw_Dv = jnp.zeros(w_Dv.shape if gradients else (), jnp.float32)
+    (ce, z, dw_Dv), dx_CcD = jax.lax.scan(step, (zero, zero, dw_Dv), (x_CcD, targets_Cc))
+    sums = ce.reshape(1, 1), z.reshape(1, 1)
+    if dx_CcD is None:
+        return sums, None
+    dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
+    dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
+    return sums, (dx_bsD, vocabulary.scatter_weight(dw_Dv.astype(dtype)).astype(w_dv.dtype))

@@ -1,0 +1,297 @@
+"""Llama 2 and 3 in Flax NNX.
+
+Modules are pytrees that hold parameters; jax transforms them. Layers are stacked: every parameter of `Block` has a
+leading dimension L, and `lax.scan` walks along it.
+
+Shapes: B batch, S sequence, D model dim, L layers, H query heads, G key-value heads, K head dim, F ffn, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import reshard
+
+from jaxpar.attention import TokenInfo, attend
+from jaxpar.config import Config, ModelConfig, RopeScaling
+from jaxpar.parallel import reduce
+from jaxpar.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What every module needs besides its parameters; static, so equal layouts share one compiled program."""
+
+    rules: Rules
+    dtype: jnp.dtype
+    norm_eps: float
+
+    def enter(self, x_BSD: jax.Array) -> jax.Array:
+        """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
+        whole = reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
+        return checkpoint_name(whole, "entered")
+
+    def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed once."""
+        partial = jnp.einsum(
+            subscripts, x, weight, out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"})
+        )
+        return checkpoint_name(reshard(partial, self.residual), "left")
+
+    @property
+    def residual(self) -> jax.sharding.PartitionSpec:
+        return self.rules.spec("batch", "residual_seq", "embed")
+
+    def weight(self, parameter: nnx.Param) -> jax.Array:
+        """One layer's weight, gathered over `fsdp` in the compute dtype."""
+        return reduce.gather(parameter[...], self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """Draws parameters: shape, dimension names and spread of a weight in one place, the same on every mesh."""
+
+    config: ModelConfig
+    layout: Layout
+    rngs: nnx.Rngs
+    stack: tuple[int, ...] = ()
+
+    def stacked(self) -> "Initializer":
+        """The same, with a leading dimension of L layers on every parameter."""
+        return dataclasses.replace(self, stack=(self.config.layers,))
+
+    def spec(self, dims: tuple[str, ...]) -> jax.sharding.PartitionSpec:
+        return self.layout.rules.spec(*("layers",) * len(self.stack), *dims)
+
+    def normal(self, shape: tuple[int, ...], *dims: str, scale: float = 1.0) -> nnx.Param:
+        """float32 normal with standard deviation `scale * config.init_std`."""
+        draw = jax.random.normal(self.rngs.params(), self.stack + shape, jnp.float32, out_sharding=self.spec(dims))
+        return nnx.Param(draw * (scale * self.config.init_std))
+
+    def ones(self, size: int, dim: str) -> nnx.Param:
+        return nnx.Param(jnp.ones((*self.stack, size), jnp.float32, out_sharding=self.spec((dim,))))
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019); statistics in float32."""
+
+    def __init__(self, new: Initializer):
+        self.scale = new.ones(new.config.dim, "embed")
+        self.layout = new.layout
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        x32 = x_BSD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps)
+        return (x32 * inverse * self.scale[...]).astype(x_BSD.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
+
+    def __init__(self, new: Initializer):
+        c = new.config
+        self.query = new.normal((c.dim, c.heads, c.head_dim), "embed_fsdp", "heads", "head_dim")
+        self.key = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
+        self.value = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
+        self.out = new.normal(
+            (c.heads, c.head_dim, c.dim), "heads", "head_dim", "embed_fsdp", scale=1 / math.sqrt(2 * c.layers)
+        )
+        self.layout = new.layout
+
+    def __call__(
+        self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None"
+    ) -> tuple[jax.Array, "KVCache | None"]:
+        layout = self.layout
+        q_BSHK = context.rotate(jnp.einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query)))
+        k_BSGK = context.rotate(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key)))
+        v_BSGK = jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value))
+        if cache is not None:
+            cache = cache.extend(k_BSGK, v_BSGK, context.start)
+            k_BSGK, v_BSGK = cache
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules)
+        return layout.leave("BSHK,HKD->BSD", o_BSHK, layout.weight(self.out)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer, 2020)."""
+
+    def __init__(self, new: Initializer):
+        c = new.config
+        self.gate = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
+        self.up = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
+        self.down = new.normal((c.ffn_dim, c.dim), "ffn", "embed_fsdp", scale=1 / math.sqrt(2 * c.layers))
+        self.layout = new.layout
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        layout = self.layout
+        gate_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate))
+        up_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up))
+        return layout.leave("BSF,FD->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
+
+
+class Block(nnx.Module):
+    def __init__(self, new: Initializer):
+        self.attention_norm = RMSNorm(new)
+        self.attention = Attention(new)
+        self.mlp_norm = RMSNorm(new)
+        self.mlp = MLP(new)
+        self.layout = new.layout
+
+    def __call__(
+        self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
+    ) -> tuple[jax.Array, "KVCache | None"]:
+        enter = self.layout.enter
+        attended, cache = self.attention(enter(self.attention_norm(x_BSD)), context, cache)
+        x_BSD = x_BSD + attended
+        return x_BSD + self.mlp(enter(self.mlp_norm(x_BSD))), cache
+
+
+class Llama(nnx.Module):
+    """Llama 2 (Touvron et al., 2023) and Llama 3 (Grattafiori et al., 2024), without the loss."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        layout = Layout(
+            rules=Rules.make(sequence_parallel=config.parallel.sequence_parallel),
+            dtype=jnp.dtype(config.precision.compute),
+            norm_eps=config.model.norm_eps,
+        )
+        new = Initializer(config.model, layout, rngs)
+        self.embedding = new.normal((config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp")
+        self.layers = Block(new.stacked())
+        self.norm = RMSNorm(new)
+        tied = config.model.tie_embeddings
+        self.head = None if tied else new.normal((config.model.dim, config.model.vocab_size), "embed_fsdp", "vocab")
+        self.config = config.model
+        self.layout = layout
+        self.remat = config.memory.remat
+
+    def __call__(
+        self, tokens_BS: jax.Array, queries: TokenInfo, cache: "Cache | None" = None
+    ) -> tuple[jax.Array, "Cache | None"]:
+        """Token ids to final hidden states.
+
+        Args:
+          tokens_BS: int32, sharded (batch, seq), as the arrays of `queries` are.
+          queries: position and segment of every token.
+          cache: keys and values of earlier tokens, for generation.
+
+        Returns:
+          [B, S, D] in the compute dtype, normalised, laid out as the residual; and the extended cache.
+        """
+        if cache is not None:
+            cache = cache.extend_info(queries)
+        keys = queries if cache is None else cache.info
+        whole = self.layout.rules.spec("batch", None)
+        angles = rope_angles(queries.positions, self.config)
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        context = Context(queries, TokenInfo(*(reshard(x, whole) for x in keys)), angles, start)
+
+        def step(x_BSD: jax.Array, scanned: tuple) -> tuple[jax.Array, "KVCache | None"]:
+            layer, kv = scanned
+            return layer(x_BSD, context, kv)
+
+        policy = reduce.saveable if self.remat == "none" else jax.checkpoint_policies.nothing_saveable
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
+        x_BSD, kv = jax.lax.scan(step, self.embed(tokens_BS), (self.layers, cache and cache.kv))
+        if cache is not None:
+            cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
+        return self.norm(x_BSD), cache
+
+    def embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """Looks tokens up in the embedding, whose rows lie on `tensor`; each row is found on one device and summed.
+
+        The lookup is written in float32, so that the gradients of a frequent token add up in float32. Only the cast
+        weight travels.
+        """
+        table_VD = self.layout.weight(self.embedding).astype(jnp.float32)
+        x_BSD = table_VD.at[tokens_BS].get(out_sharding=self.layout.residual)
+        return x_BSD.astype(self.layout.dtype)
+
+    def head_weight(self) -> jax.Array:
+        """[D, V], as stored: sharded (fsdp, tensor)."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What is the same in every layer of one forward pass.
+
+    `keys` is whole along the sequence; `angles` are cosines and sines [B, S, K/2] in float32; `start` is the place in
+    the cache of the first query, 0 without one.
+    """
+
+    queries: TokenInfo
+    keys: TokenInfo
+    angles: tuple[jax.Array, jax.Array]
+    start: jax.Array
+
+    def rotate(self, x_BSHK: jax.Array) -> jax.Array:
+        """Rotary position embedding (Su et al., 2021), pairs (i, i + K/2) as in Hugging Face checkpoints."""
+        cos, sin = (angle[:, :, None, :] for angle in self.angles)
+        first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotated.astype(x_BSHK.dtype)
+
+
+def rope_angles(positions_BS: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, float32 [B, S, K/2] each, sharded as the positions are."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = scale_frequencies(config.rope_theta**-exponents, config.rope_scaling)
+    angles = positions_BS[:, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones kept, those between
+    interpolated."""
+    if scaling.factor == 1:
+        return frequencies
+    turns = scaling.original_sequence_length * frequencies / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+class KVCache(NamedTuple):
+    """Keys and values so far, [B, T, G, K] each (stacked: [L, B, T, G, K]), sharded (batch, -, kv_heads)."""
+
+    k: jax.Array
+    v: jax.Array
+
+    def extend(self, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array) -> "KVCache":
+        """Writes S new tokens at `start`."""
+        put = jax.lax.dynamic_update_slice_in_dim
+        return KVCache(put(self.k, k_BSGK, start, axis=1), put(self.v, v_BSGK, start, axis=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, where their tokens stand ([B, T]; segment 0 is an empty place), and how many
+    places are taken."""
+
+    kv: KVCache
+    info: TokenInfo
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, model: Llama, batch: int, size: int) -> "Cache":
+        """A cache for `batch` sequences of at most `size` tokens."""
+        config, rules = model.config, model.layout.rules
+        spec = rules.spec("layers", "batch", "seq", "kv_heads", "head_dim")
+        shape = (config.layers, batch, size, config.kv_heads, config.head_dim)
+        k, v = (jnp.zeros(shape, model.layout.dtype, out_sharding=spec) for _ in range(2))
+        info = TokenInfo(
+            *(jnp.zeros((batch, size), jnp.int32, out_sharding=rules.spec("batch", "seq")) for _ in range(2))
+        )
+        return cls(KVCache(k, v), info, jnp.zeros((), jnp.int32))
+
+    def extend_info(self, queries: TokenInfo) -> "Cache":
+        put = jax.lax.dynamic_update_slice_in_dim
+        info = (put(old, new, self.length, axis=1) for old, new in zip(self.info, queries, strict=True))
+        return dataclasses.replace(self, info=TokenInfo(*info))

@@ -1,0 +1,1 @@
+"""Pure functions on arrays, one file per parallelism: the only home of explicit collectives."""

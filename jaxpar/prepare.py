@@ -1,0 +1,291 @@
+"""Tokenizes a corpus into shards under --workdir, once and in parallel; then train from them with data.source=WORKDIR.
+
+Interrupt it freely: the same command goes on after the last finished shard. The shards don't depend on the number of
+workers, and a run that trains from them sees the tokens it would see from the text itself.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxpar.config import Config, ConfigError, DataConfig
+from jaxpar.data import fitting_tokenizer, held_out, in_order, tail, validation_files
+from jaxpar.shards import MANIFEST, read_manifest
+from jaxpar.sources import Source, batched, documents, find_source
+from jaxpar.tokenizer import encode_documents, fingerprint, load_tokenizer, token_dtype
+
+Shard = dict[str, Any]
+"""What the manifest says of a shard: file, split, group, documents, characters, tokens, max_id, sha256."""
+
+SHARD_CHARACTERS = 1 << 25
+"""Text of a shard: the unit of parallel work and of what an interruption can lose; about 8 million GPT-2 tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Consecutive documents, which become one training shard and, where some are held out, one validation shard.
+
+    `held` marks them, bool [documents]. `tail_fraction` above 0 holds out the end of a document that is the only one.
+    """
+
+    index: int
+    texts: list[str]
+    held: np.ndarray
+    tail_fraction: float
+
+
+def prepare(
+    config: Config, output: Path, *, workers: int | None = None, shard_characters: int = SHARD_CHARACTERS
+) -> dict[str, Any]:
+    """Writes `train_*.bin`, `validation_*.bin` and `manifest.json` to `output`, or what is still missing of them.
+
+    Args:
+      workers: processes, by default one a core; 1 works in this process.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ConfigError: a wrong source or tokenizer, or an `output` made from another source or with other settings.
+    """
+    data = config.data
+    if data.source == "synthetic":
+        raise ConfigError("data.source='synthetic' has no text to prepare; train from it as it is")
+    tokenizer = fitting_tokenizer(data, config.model.vocab_size)
+    source = find_source(data.source)
+    held = validation_files(data, source)
+    if source.shards or any(file.suffix == ".bin" for file in held):
+        raise ConfigError(f"data.source={data.source!r}: token shards need no preparation; train from them as they are")
+    request = {
+        "source": [_identity(file) for file in source.files],
+        "validation_source": [_identity(file) for file in held],
+        "validation_fraction": data.validation_fraction,
+        "text_field": data.text_field,
+        "tokenizer": fingerprint(tokenizer),
+        "shard_characters": shard_characters,
+    }
+    manifest = _resume(output, request)
+    if manifest.get("complete"):
+        return manifest
+    groups = _groups(source, held, data, shard_characters)
+    first = next(groups, None)
+    if first is None:
+        raise ConfigError(f"data.source={data.source!r} has no text but white space; write text to it")
+    output.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "tokenizer": data.tokenizer,
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "eot": tokenizer.eot,
+        "dtype": str(token_dtype(tokenizer)),
+        "request": request,
+        "shards": manifest.get("shards", []),
+    }
+    done = {shard["group"] for shard in manifest["shards"]}
+    todo = (group for group in itertools.chain([first], groups) if group.index not in done)
+    write = functools.partial(write_group, tokenizer_name=data.tokenizer, output=output)
+    with (
+        _progress(source.files + held, manifest["shards"]) as report,
+        contextlib.closing(_map(write, todo, workers)) as results,
+    ):
+        for shards in results:
+            manifest["shards"] += shards
+            _save(output, manifest, complete=False)
+            report(shards)
+    return _save(output, manifest, complete=True)
+
+
+def write_group(group: Group, *, tokenizer_name: str, output: Path) -> list[Shard]:
+    """Tokenizes a group and writes its shards. Returns their records in the manifest."""
+    tokens, lengths = encode_documents(_tokenizer(tokenizer_name), group.texts)
+    characters = np.array([len(text) for text in group.texts])
+    of_held = np.repeat(group.held, lengths)
+    if group.tail_fraction:
+        of_held[max(0, len(tokens) - tail(len(tokens), group.tail_fraction)) :] = True
+    shards = []
+    for split, chosen, documents_of in (("train", ~of_held, ~group.held), ("validation", of_held, group.held)):
+        part = tokens[chosen]
+        if not len(part):
+            continue
+        content = part.astype(part.dtype.newbyteorder("<")).tobytes()
+        shard = {
+            "file": f"{split}_{group.index:05d}.bin",
+            "split": split,
+            "group": group.index,
+            "documents": int(documents_of.sum()),
+            "characters": int(characters[documents_of].sum()),
+            "tokens": len(part),
+            "max_id": int(part.max()),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        _write(output / shard["file"], content)
+        shards.append(shard)
+    return shards
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    from jaxpar import cli
+
+    argv = sys.argv[1:] if argv is None else argv
+    request = cli.parse(argv, __doc__ or "", workers=cli.Option(0, "processes (default: one a core)"))
+    manifest = prepare(request.config, request.workdir, workers=request.options["workers"] or None)
+    for split in ("train", "validation"):
+        shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+        print(f"{split:<10} {sum(shard['tokens'] for shard in shards):>15,} tokens in {len(shards)} shards")
+    given = next((arg for arg in argv if arg.startswith("--config=")), "--config=FILE")
+    tokenizer = f"--config.data.tokenizer={manifest['tokenizer']}"
+    print(f"next: python -m jaxpar.train {given} --config.data.source={request.workdir} {tokenizer}")
+    return 0
+
+
+# Groups.
+
+
+def _groups(source: Source, held: tuple[Path, ...], data: DataConfig, characters: int) -> Iterator[Group]:
+    """The corpus in order, split for validation as `open_data` splits text in memory."""
+    fraction = 0.0 if held else data.validation_fraction
+    seen, any_held, index = 0, False, 0
+    texts_of = batched(documents(source.files, data.text_field), characters)
+    texts = next(texts_of, None)
+    while texts:
+        following = next(texts_of, None)
+        mask = held_out(seen, len(texts), fraction)
+        any_held |= bool(mask.any())
+        seen += len(texts)
+        lone = fraction if following is None and seen == 1 else 0.0
+        if fraction and following is None and seen > 1:
+            mask[-1] |= not any_held
+        yield Group(index, texts, mask, lone)
+        texts, index = following, index + 1
+    for texts in batched(documents(held, data.text_field), characters):
+        yield Group(index, texts, np.ones(len(texts), bool), 0.0)
+        index += 1
+
+
+def _map(
+    write: Callable[[Group], list[Shard]], groups: Iterable[Group], workers: int | None
+) -> Generator[list[Shard], None, None]:
+    if workers == 1:
+        yield from map(write, groups)
+        return
+    workers = workers or os.cpu_count() or 1
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield from in_order(pool, write, groups, ahead=workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Lets a worker die with the command: at once and silently on Ctrl-C, and when the parent was killed."""
+
+    def exit_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+_tokenizer = functools.cache(load_tokenizer)  # once in each worker
+
+
+# Files.
+
+
+def _identity(file: Path) -> list[str | int]:
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _resume(output: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an earlier run with the same request, with the shards that are really there; or an empty one."""
+    if not (output / MANIFEST).exists():
+        if output.is_dir() and any(output.glob("*.bin")):
+            raise ConfigError(
+                f"--workdir={output} holds token shards that jaxpar.prepare did not make; use a new folder"
+            )
+        return {}
+    manifest = read_manifest(output)
+    before = manifest.get("request", {})
+    changed = [name for name, value in request.items() if before.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"--workdir={output} was prepared otherwise ({', '.join(changed)} changed since); use a new folder, or "
+            "delete this one"
+        )
+    shards = manifest["shards"]
+    size = np.dtype(manifest["dtype"]).itemsize
+    lost = {shard["group"] for shard in shards if _size(output / shard["file"]) != shard["tokens"] * size}
+    kept = [shard for shard in shards if shard["group"] not in lost]
+    return manifest | {"shards": kept, "complete": manifest["complete"] and not lost}
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
+
+
+def _save(output: Path, manifest: dict[str, Any], *, complete: bool) -> dict[str, Any]:
+    shards = sorted(manifest["shards"], key=lambda shard: (shard["split"], shard["group"]))
+    totals = {
+        "complete": complete,
+        "documents": sum(shard["documents"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "max_id": max(shard["max_id"] for shard in shards),
+    }
+    manifest = manifest | totals | {"shards": shards}
+    _write(output / MANIFEST, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file is there whole, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _progress(files: tuple[Path, ...], shards: list[Shard]) -> Iterator[Callable[[list[Shard]], None]]:
+    """Reports finished shards: a bar on a terminal, a line each elsewhere. `shards`: those of an earlier run."""
+    if not sys.stderr.isatty():
+        yield lambda more: print(*(f"{s['file']}: {s['tokens']:,} tokens" for s in more), sep="\n", flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Bytes stand for characters, close enough for a bar; a Parquet file is compressed and tells nothing.
+    known = all(file.suffix != ".parquet" for file in files)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files) if known else None)
+        tokens = 0
+
+        def report(more: list[Shard]) -> None:
+            nonlocal tokens
+            tokens += sum(shard["tokens"] for shard in more)
+            bar.update(task, advance=sum(s["characters"] for s in more), description=f"{tokens / 1e6:,.1f}M tokens")
+
+        report(shards)
+        yield report
+
+
+if __name__ == "__main__":
+    from jaxpar import cli
+
+    cli.run(main)

@@ -1,0 +1,95 @@
+"""The mesh, and the one table that says which tensor dimension lies on which mesh axis.
+
+All six axes are always there (size 1 is allowed) and all are `AxisType.Explicit`: the type of every array carries its
+sharding, so `jax.typeof(x)` prints `bfloat16[8@data,4096@sequence,512@tensor]` and an ambiguous contraction is an
+error at trace time instead of a surprise all-gather.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxpar.config import AXES, BATCH_AXES, MeshConfig, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical dimension -> mesh axes. Parameters and activations are laid out by the same table.
+
+    `embed` is the model dimension of an activation or of a gathered weight; `embed_fsdp` that of a stored weight.
+    `residual_seq` is the sequence dimension of the residual stream, `seq` that of everything between the
+    tensor-parallel matmuls.
+    """
+
+    batch: tuple[str, ...] = BATCH_AXES
+    seq: tuple[str, ...] = ("sequence",)
+    residual_seq: tuple[str, ...] = ("sequence", "tensor")
+    embed: tuple[str, ...] = ()
+    embed_fsdp: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    ffn: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+    microbatch: tuple[str, ...] = ()
+
+    @classmethod
+    def make(cls, *, sequence_parallel: bool) -> "Rules":
+        """The table for a run; without sequence parallelism the residual is replicated over `tensor`."""
+        return cls() if sequence_parallel else cls(residual_seq=("sequence",))
+
+    def spec(
+        self, *names: str | None, reduced: Iterable[str] = (), unreduced: Iterable[str] = ()
+    ) -> jax.sharding.PartitionSpec:
+        """The `jax.P` of an array whose dimensions bear these names; None is a dimension that is never sharded.
+
+        Axes that are manual where this is called (inside a `shard_map`) are left out, so the model's text is the same
+        inside and outside such a region; `reduced` and `unreduced` are left out there too, because XLA cannot
+        partition them in a partly manual region.
+
+        Args:
+          *names: one logical name per dimension.
+          reduced: axes over which the array is replicated and its cotangent will be an unreduced sum.
+          unreduced: axes over which the array is a sum that is still to be taken.
+
+        Raises:
+          ValueError: an unknown name, or two dimensions on one mesh axis.
+        """
+        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+        table = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        owner: dict[str, str] = {}
+        entries = []
+        for name in names:
+            if name is not None and name not in table:
+                raise ValueError(f"unknown dimension {name!r} in spec{names}.{nearest(name, table)}")
+            axes = table[name] if name is not None else ()
+            for axis in axes:
+                if axis in owner:
+                    raise ValueError(f"spec{names}: {owner[axis]!r} and {name!r} both lie on mesh axis {axis!r}")
+                owner[axis] = str(name)
+            left = tuple(axis for axis in axes if axis not in manual)
+            entries.append(left if len(left) > 1 else (left[0] if left else None))
+        if manual:
+            return jax.P(*entries)
+        return jax.P(*entries, reduced=frozenset(reduced), unreduced=frozenset(unreduced))
+
+
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The device mesh: six Explicit axes, inner axes inside a host wherever the sizes allow it.
+
+    Devices are ordered by host and then by their number in it, so the innermost axes (`tensor`, `sequence`) get
+    neighbours with the fastest links.
+    """
+    chosen = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    array = np.array(chosen[: mesh.devices], dtype=object).reshape(mesh.shape)
+    return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def axes_across_hosts(mesh: Mesh) -> list[str]:
+    """The axes along which neighbours sit in different hosts, and so talk over the network."""
+    hosts = np.vectorize(lambda d: d.process_index, otypes=[int])(mesh.devices)
+    return [axis for dim, axis in enumerate(AXES) if np.any(hosts != np.take(hosts, [0], axis=dim))]

@@ -1,0 +1,143 @@
+"""One training step: `train_step(state, batch) -> (state, metrics)`, and one evaluation step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxpar import loss
+from jaxpar.attention import TokenInfo
+from jaxpar.config import Config
+from jaxpar.model import Llama
+from jaxpar.optimizer import make_optimizer, schedule
+from jaxpar.sharding import Rules
+from jaxpar.tree import named_leaves
+
+# M microbatches, B sequences of one microbatch over all devices, S sequence.
+
+
+class Batch(Protocol):
+    """int32 [M, B, S] each, sharded `batch_spec`; `targets` is -1 where there is no loss, `segments` 0 in padding."""
+
+    tokens: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts batches consumed; `skipped` those whose update was dropped because it was not finite; `model` is a
+    `Llama` (Any, because optax's types do not know modules as pytrees)."""
+
+    step: jax.Array
+    skipped: jax.Array
+    model: Any
+    optimizer: optax.OptState
+
+
+Metrics = dict[str, Any]
+
+
+def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
+    """The sharding of the arrays of a batch, [M, B, S]."""
+    rules = Rules.make(sequence_parallel=config.parallel.sequence_parallel)
+    return rules.spec("microbatch", "batch", "seq")
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step: a function of `config` alone, whatever the mesh. Run it under `jax.jit`."""
+    model: Any = Llama(config, nnx.Rngs(params=config.train.seed))
+    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
+
+
+def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> tuple[jax.Array, loss.LossSums]:
+    """The share of one microbatch [B, S] in the mean loss over `valid` tokens, and its sums."""
+    x_BSD, _ = model(batch.tokens, TokenInfo(batch.positions, batch.segments))
+    sums = loss.cross_entropy(
+        x_BSD, model.head_weight(), batch.targets, model.layout.rules, config.loss.chunk, config.train.z_loss
+    )
+    return sums.objective / valid, sums
+
+
+def loss_and_gradients(model: Llama, batch: Batch, config: Config) -> tuple[loss.LossSums, Any]:
+    """Mean losses of a batch of M microbatches, and their gradient in the dtype and layout of the parameters.
+
+    Sums over valid tokens are divided once, by their number in the whole batch, so the result does not depend on how
+    the batch is cut into microbatches or spread over devices.
+    """
+    valid = jnp.maximum(loss.count_valid(batch.targets), 1)
+
+    def add_microbatch(carry: tuple[loss.LossSums, Llama], microbatch: Batch) -> tuple[Any, None]:
+        gradients, sums = jax.grad(objective, has_aux=True)(model, microbatch, valid, config)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+
+    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    start = (zero, jax.tree.map(jnp.zeros_like, model))
+    (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
+    return loss.LossSums(*(part / valid for part in sums)), gradients
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the training step. Jit it with `donate_argnums=0`.
+
+    Metrics (float32): `loss` (mean cross-entropy of the valid tokens), `grad_norm`, `learning_rate`, `valid_tokens`,
+    `skipped` (int32, so far), and `gradient_norms`, per leaf, one number a layer for stacked leaves.
+
+    A loss or gradient that is not finite leaves parameters and optimizer as they were.
+    """
+    optimizer, rate = make_optimizer(config), schedule(config.optimizer, config.train.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        losses, gradients = loss_and_gradients(state.model, batch, config)
+        norms = gradient_norms(gradients)
+        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(n)) for n in jax.tree.leaves(norms)))
+        finite = jnp.isfinite(losses.objective) & jnp.isfinite(grad_norm)
+        if config.optimizer.clip_norm:
+            gradients = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / grad_norm), gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+        new = (optax.apply_updates(state.model, updates), optimizer_state)
+        model, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, (state.model, state.optimizer)
+        )
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics = {
+            "loss": losses.cross_entropy,
+            "grad_norm": grad_norm,
+            "learning_rate": rate(state.step - state.skipped),
+            "valid_tokens": loss.count_valid(batch.targets),
+            "skipped": skipped,
+            "gradient_norms": norms,
+        }
+        return TrainState(state.step + 1, skipped, model, optimizer_state), metrics
+
+    return train_step
+
+
+def gradient_norms(gradients: Llama) -> dict[str, jax.Array]:
+    """Norm of every gradient leaf by name; a vector of L norms for the stacked leaves of the layers."""
+
+    def norm(name: str, g: jax.Array) -> jax.Array:
+        dims = range(int(name.startswith("layers.")), g.ndim)
+        return jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=dims))
+
+    return {name: norm(name, g) for name, g in named_leaves(gradients).items()}
+
+
+def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+    """Builds the evaluation step: summed cross-entropy and number of valid tokens of one batch [M, B, S]."""
+
+    def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
+            _, sums = objective(model, microbatch, jnp.ones(()), config)
+            return total + sums.cross_entropy, None
+
+        total, _ = jax.lax.scan(add_microbatch, jnp.zeros((), jnp.float32), batch)
+        return total, loss.count_valid(batch.targets)
+
+    return eval_step

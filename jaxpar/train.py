@@ -1,0 +1,283 @@
+"""Train a Llama.
+
+  python -m jaxpar.train --config=configs/tiny.py --workdir=runs/tiny [--config.train.steps=50] [--mesh.fsdp=4]
+
+Writes config.json, metrics.jsonl and checkpoints/ under the workdir, and continues from the newest checkpoint there. On
+SIGTERM or Ctrl-C it saves a checkpoint and stops.
+"""
+
+import contextlib
+import functools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpar import cli, data, plan
+from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint
+from jaxpar.config import Config, ConfigError, MeshConfig
+from jaxpar.metrics import Metrics, write_config
+from jaxpar.sharding import axes_across_hosts
+from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step, make_train_step
+
+
+class NonFinite(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not finite."""
+
+
+class StopSignal:
+    """Notes SIGTERM and the first Ctrl-C, so that the loop can save and stop; a second Ctrl-C interrupts at once."""
+
+    number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Watchdog:
+    """Counts skipped updates in a row.
+
+    Args:
+      limit: how many in a row raise `NonFinite`.
+      skipped: how many the run has skipped before.
+      windows: the window indices of the batch of a step, for the report.
+    """
+
+    def __init__(self, limit: int, skipped: int, windows: Callable[[int], list[int]]):
+        self._limit, self._skipped, self._windows, self._in_a_row = limit, skipped, windows, 0
+
+    def check(self, step: int, metrics: Mapping[str, Any] | None) -> None:
+        """Takes the metrics of a finished step, on the host; None where there is none."""
+        if metrics is None:
+            return
+        skipped = int(metrics["skipped"])
+        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._in_a_row >= self._limit:
+            raise NonFinite(_non_finite_report(step, self._in_a_row, metrics, self._windows(step)))
+
+
+def _non_finite_report(step: int, in_a_row: int, metrics: Mapping[str, Any], batch: list[int]) -> str:
+    by_layer = {
+        name if norms.ndim == 0 else f"{name}[{layer}]": float(norm)
+        for name, norms in metrics["gradient_norms"].items()
+        for layer, norm in enumerate(np.atleast_1d(norms))
+    }
+    largest = sorted(by_layer.items(), key=lambda item: -math.inf if math.isnan(item[1]) else -item[1])[:8]
+    bad = sum(not math.isfinite(norm) for norm in by_layer.values())
+    return "\n".join(
+        [
+            f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}; the "
+            f"last {in_a_row} updates were not finite and were skipped (train.max_nonfinite_steps)",
+            f"windows of the training data in its batch: {', '.join(map(str, batch))}",
+            f"largest gradients ({bad} of {len(by_layer)} not finite):",
+            *(f"  {name}: {norm:.4g}" for name, norm in largest),
+            "try a lower optimizer.learning_rate, a longer optimizer.warmup_steps, or precision.compute=float32",
+        ]
+    )
+
+
+def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
+    """What is about to run, for the head of the log."""
+    sizes = MeshConfig(*mesh.devices.shape)
+    device = mesh.devices.flat[0]
+    state = plan.state_bytes(config, sizes)
+    lines = [
+        f"devices   {mesh.size} x {device.device_kind} in {jax.process_count()} process(es); mesh {sizes}",
+        f"model     {plan.parameter_count(config.model):,} parameters; a device holds "
+        f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state",
+        f"batch     {plan.describe_batch(config, sizes)}",
+        f"data      {corpus}",
+    ]
+    if corpus.unigram_entropy is not None:
+        lines.append(
+            f"baseline  unigram entropy {corpus.unigram_entropy:.4f} nats a token: a loss that knows no context"
+        )
+    if "tensor" in (crossing := axes_across_hosts(mesh)):
+        lines.append(
+            f"warning   mesh.tensor={sizes.tensor} spans hosts of {jax.local_device_count()} devices, so its traffic "
+            f"takes the slow links (as that of {', '.join(crossing)} does)"
+        )
+    return "\n".join(lines)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def evaluate(
+    config: Config, mesh: Mesh, eval_step: Any, model: Any, corpus: data.Data, stop: StopSignal
+) -> float | None:
+    """Mean cross-entropy of the validation split in nats a token; None if a signal came in between."""
+    assert corpus.validation is not None
+    batches = data.evaluation_batches(
+        corpus.validation,
+        batch_size=config.train.batch_size,
+        count=config.train.eval_batches,
+        microbatches=config.train.microbatches,
+    )
+    sums = []
+    for batch in _on_mesh(batches, config, mesh):
+        sums.append(eval_step(model, batch))
+        if stop.number and jax.process_count() == 1:
+            return None
+    losses, tokens = zip(*jax.device_get(sums), strict=True)
+    return float(np.sum(losses, dtype=np.float64) / max(np.sum(tokens), 1))
+
+
+def _on_mesh(batches: Iterator[data.Batch], config: Config, mesh: Mesh) -> Iterator[data.Batch]:
+    sharding = NamedSharding(mesh, batch_spec(config))
+    for batch in batches:
+        yield data.global_batch(batch, sharding)
+
+
+def start_state(config: Config, checkpointer: Checkpointer, fresh: bool) -> tuple[TrainState, int]:
+    """The state to begin with, and the number of training samples it has seen."""
+    if fresh:
+        return jax.jit(lambda: init_state(config))(), 0
+    state, position = checkpointer.restore(jax.eval_shape(lambda: init_state(config)))
+    return state, int(position["samples"])
+
+
+def first_batch(samples: int, batch_size: int) -> int:
+    """Number of the batch that begins at sample `samples`.
+
+    Raises:
+      ConfigError: the batch size changed to one that does not divide the position.
+    """
+    if samples % batch_size:
+        legal = [size for size in range(1, 4 * batch_size) if samples % size == 0]
+        near = sorted(sorted(legal, key=lambda size: abs(size - batch_size))[:4])
+        raise ConfigError(
+            f"train.batch_size={batch_size} does not divide the {samples} samples that the checkpoint has seen; use "
+            f"one of {', '.join(map(str, near))}"
+        )
+    return samples // batch_size
+
+
+def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
+    """Runs the training loop on the current mesh and returns the exit code.
+
+    Dispatches step n, then reads the metrics of step n-1, so the device never waits for the host.
+    """
+    train_step = jax.jit(make_train_step(config), donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(config))
+    checkpointer = Checkpointer(workdir, config)
+    state, samples = start_state(config, checkpointer, fresh=find_checkpoint(workdir, config) is None)
+    batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
+    offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
+    write_config(workdir, config, MeshConfig(*mesh.devices.shape))
+    batches = data.batches(
+        corpus.train,
+        seed=config.train.seed,
+        batch_size=batch_size,
+        microbatches=config.train.microbatches,
+        start=start + offset,
+        stop=max(steps, start) + offset,
+        prefetch=config.data.prefetch,
+    )
+    windows = functools.partial(data.batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size)
+    watchdog = Watchdog(
+        config.train.max_nonfinite_steps, int(state.skipped), lambda step: windows(step=step - 1 + offset)
+    )
+    best, eval_loss = math.inf, None
+    clock = time.perf_counter()
+    with (
+        contextlib.closing(checkpointer),
+        StopSignal() as stop,
+        Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start) as metrics,
+    ):
+        for step, batch in enumerate(metrics.watch(_on_mesh(batches, config, mesh)), start=start + 1):
+            state, values = train_step(state, batch)
+            watchdog.check(step - 1, metrics.step(step, values))
+            if step == start + 1:
+                watchdog.check(step, metrics.flush())
+                metrics.line(f"first step after {time.perf_counter() - clock:.1f} s, compilation included")
+            signal_number = _agree(stop, step, config)
+            evaluating = corpus.validation is not None and (step == steps or _due(step, config.train.eval_every))
+            saving = step == steps or _due(step, config.checkpoint.every) or bool(signal_number)
+            if not (evaluating or saving):
+                continue
+            watchdog.check(step, metrics.flush())
+            with metrics.untimed():
+                scores = None
+                if evaluating and not signal_number:
+                    eval_loss = evaluate(config, mesh, eval_step, state.model, corpus, stop)
+                    if eval_loss is not None:
+                        metrics.evaluation(step, eval_loss)
+                        scores = {"eval_loss": eval_loss}
+                        saving |= config.checkpoint.keep_best > 0 and eval_loss < best
+                        best = min(best, eval_loss)
+                if saving:
+                    checkpointer.save(step, state, data={"samples": (step + offset) * batch_size}, metrics=scores)
+            if signal_number:
+                checkpointer.wait()
+                metrics.line(f"stopped by signal {signal_number} after step {step}, saved; the same command continues")
+                return 128 + signal_number
+    _summarise(corpus, start, steps, eval_loss, workdir)
+    return 0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _agree(stop: StopSignal, step: int, config: Config) -> int | None:
+    """The signal to stop for, agreed among processes: they must leave the loop at the same step."""
+    if jax.process_count() == 1:
+        return stop.number
+    if not _due(step, config.log.every):
+        return None
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(stop.number or 0)))) or None
+
+
+def _summarise(corpus: data.Data, start: int, steps: int, eval_loss: float | None, workdir: Path) -> None:
+    if jax.process_index():
+        return
+    if start >= steps:
+        print(f"{workdir} is at step {start} already; raise train.steps={steps} to continue")
+        return
+    if eval_loss is not None:
+        print(f"final validation loss {eval_loss:.4f} nats a token, perplexity {math.exp(min(eval_loss, 700)):,.2f}")
+        if corpus.unigram_entropy is not None:
+            print(f"unigram entropy       {corpus.unigram_entropy:.4f} nats a token, of the training text")
+    print(f"checkpoint, metrics.jsonl and config.json are in {workdir}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    request = cli.parse(argv, __doc__ or "")
+    config, workdir = request.config, request.workdir
+    cli.check_writable(workdir)
+    check_resume(workdir, config)
+    corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
+    mesh = cli.start(request, config)
+    if jax.process_index() == 0:
+        print(describe(config, mesh, corpus), flush=True)
+    try:
+        with jax.set_mesh(mesh):
+            return train(config, mesh, corpus, workdir)
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,231 @@
+"""Every rule that a request must obey.
+
+A wrong request raises `ConfigError`, before jax starts wherever the number of devices is not needed. Its message gives
+the value, the rule, and the legal values nearest to it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from ml_collections import config_dict
+
+from jaxpar.config import (
+    AXES,
+    BATCH_AXES,
+    Config,
+    ConfigError,
+    MeshConfig,
+    field_paths,
+    from_mapping,
+    nearest,
+    value_of,
+)
+
+CHOICES = {
+    "optimizer.name": ("adamw", "lion", "adafactor", "muon", "sgd"),
+    "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
+    "precision.params": ("float32",),
+    "precision.compute": ("bfloat16", "float32"),
+    "memory.remat": ("none", "full"),
+    "attention.implementation": ("auto", "xla"),
+    "data.shard_dtype": ("auto", "uint16", "uint32"),
+}
+
+_POSITIVE = (
+    "model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim model.ffn_dim model.rope_theta "
+    "model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor "
+    "model.rope_scaling.original_sequence_length model.norm_eps model.init_std data.sequence_length data.prefetch "
+    "train.steps train.batch_size train.microbatches train.max_nonfinite_steps optimizer.learning_rate optimizer.eps "
+    "loss.chunk checkpoint.keep log.every"
+).split()
+
+_NOT_NEGATIVE = (
+    "train.seed train.eval_every train.eval_batches train.z_loss optimizer.warmup_steps optimizer.min_learning_rate "
+    "optimizer.weight_decay optimizer.clip_norm checkpoint.every checkpoint.keep_best"
+).split()
+
+
+def resolve(raw: config_dict.ConfigDict) -> Config:
+    """Turns a ConfigDict into a frozen `Config` and holds it against every rule that needs no mesh.
+
+    Raises:
+      ConfigError: an unknown field, a value of the wrong type, or a broken rule.
+    """
+    config = from_mapping(Config, raw.to_dict())
+    model = config.model
+    _positive("model.dim", model.dim)
+    _positive("model.heads", model.heads)
+    kv_heads = model.kv_heads or model.heads
+    if model.head_dim == 0 and model.dim % model.heads:
+        raise ConfigError(
+            f"model.dim={model.dim} is not divisible by model.heads={model.heads}; use model.heads in "
+            f"{_nearest_divisors(model.dim, model.heads)}, or set model.head_dim"
+        )
+    head_dim = model.head_dim or model.dim // model.heads
+    model = dataclasses.replace(model, kv_heads=kv_heads, head_dim=head_dim)
+    config = dataclasses.replace(config, model=model)
+    _validate(config)
+    return config
+
+
+def _positive(path: str, value: float, *, zero: bool = False) -> None:
+    legal = math.isfinite(value) and (value >= 0 if zero else value > 0)
+    if not legal:
+        rule = "must be finite and not negative" if zero else "must be finite and positive"
+        default = value_of(Config(), path) if path in field_paths() else None
+        least = "at least 0" if zero else "at least 1" if isinstance(value, int) else "above 0"
+        raise ConfigError(f"{path}={value} {rule}; use {least}" + (f" (default: {default})" if default else ""))
+
+
+def _validate(config: Config) -> None:
+    for path, choices in CHOICES.items():
+        value = value_of(config, path)
+        if value not in choices:
+            raise ConfigError(f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
+    for path in _POSITIVE:
+        _positive(path, value_of(config, path))
+    for path in _NOT_NEGATIVE:
+        _positive(path, value_of(config, path), zero=True)
+    for path in ("optimizer.beta1", "optimizer.beta2", "data.validation_fraction"):
+        if not 0 <= (value := value_of(config, path)) < 1:
+            raise ConfigError(f"{path}={value} must be at least 0 and below 1")
+    if not 0 < config.optimizer.decay_fraction <= 1:
+        raise ConfigError(f"optimizer.decay_fraction={config.optimizer.decay_fraction} must be above 0 and at most 1")
+    decays = config.optimizer.schedule != "constant"
+    if decays and config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate} is above "
+            f"optimizer.learning_rate={config.optimizer.learning_rate}; use at most that"
+        )
+    model = config.model
+    _divisible("model.heads", model.heads, "model.kv_heads", model.kv_heads)
+    if model.head_dim % 2:
+        near = f"{{{model.head_dim - 1}, {model.head_dim + 1}}}" if model.head_dim > 1 else "{2}"
+        raise ConfigError(
+            f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; use one of {near}"
+        )
+    scaling = model.rope_scaling
+    if scaling.factor != 1 and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
+            f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
+        )
+    _divisible("train.batch_size", config.train.batch_size, "train.microbatches", config.train.microbatches)
+
+
+def _nearest_divisors(n: int, near: int, most: int = 6) -> str:
+    divisors = [d for d in range(1, n + 1) if n % d == 0] if n <= 1_000_000 else [1]
+    chosen = sorted(sorted(divisors, key=lambda d: (abs(math.log(d / near)), d))[:most])
+    return "{" + ", ".join(map(str, chosen)) + "}"
+
+
+def _nearest_multiples(n: int, of: int) -> str:
+    below = n // of * of
+    return "{" + ", ".join(str(m) for m in (below, below + of) if m > 0) + "}"
+
+
+def _divisible(name: str, value: int, by: str, divisor: int, *, why: str = "") -> None:
+    if value % divisor:
+        raise ConfigError(
+            f"{name}={value} is not divisible by {by}={divisor}{why}; use {by} in "
+            f"{_nearest_divisors(value, divisor)}, or {name} in {_nearest_multiples(value, divisor)}"
+        )
+
+
+def resolve_mesh(sizes: Mapping[str, int | None], devices: int | None) -> MeshConfig:
+    """The mesh that was asked for.
+
+    Args:
+      sizes: size of each axis; `None` (not given) is 1, except that `data` takes the devices left over when no axis
+        was given -1.
+      devices: number of devices, or None where it is not known yet; then a -1 counts as 1.
+
+    Raises:
+      ConfigError: unknown axis, two -1, a size below 1, or a product that is not the number of devices.
+    """
+    for axis, size in sizes.items():
+        if axis not in AXES:
+            raise ConfigError(f"unknown mesh axis {axis!r}.{nearest(axis, AXES)}")
+        if size is not None and size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
+    given = {axis: sizes.get(axis) for axis in AXES}
+    free = [axis for axis, size in given.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take the devices left over")
+    if not free and given["data"] is None:
+        free = ["data"]
+    known = {axis: size or 1 for axis, size in given.items() if axis not in free}
+    product = math.prod(known.values())
+    if devices is None:
+        return MeshConfig(**known)
+    asked = " x ".join(f"{axis}={size}" for axis, size in known.items() if size > 1) or "1"
+    if free:
+        if devices % product:
+            raise ConfigError(
+                f"mesh {asked} = {product} does not divide {devices} devices, so mesh.{free[0]}=-1 has no size; "
+                + _mesh_remedy(known, devices)
+            )
+        known[free[0]] = devices // product
+    elif product != devices:
+        raise ConfigError(f"mesh {asked} = {product} does not use {devices} devices; " + _mesh_remedy(known, devices))
+    return MeshConfig(**known)
+
+
+def _mesh_remedy(known: Mapping[str, int], devices: int) -> str:
+    """What to change so that the sizes multiply to the devices: the largest size that, alone, can make it right."""
+    product = math.prod(known.values())
+    simulate = f"or simulate the mesh with --cpu_devices={product}"
+    if devices % product == 0:
+        return f"leave mesh.data out, and it takes the {devices // product} left over, {simulate}"
+    for axis, size in sorted(known.items(), key=lambda item: -item[1]):
+        rest = product // size
+        if size > 1 and devices % rest == 0:
+            if "data" in known and axis != "data":
+                return f"use mesh.{axis}={devices // rest}, {simulate}"
+            if "data" in known:
+                return f"use mesh.data={devices // rest}, or leave it out, {simulate}"
+            return f"use mesh.{axis} in {_nearest_divisors(devices // rest, size)}, {simulate}"
+    return f"use sizes whose product divides {devices}, {simulate}"
+
+
+def validate_mesh(config: Config, mesh: MeshConfig) -> None:
+    """Holds a config against a mesh: every sharded dimension must divide.
+
+    Raises:
+      ConfigError: the first dimension that does not, with the sizes that do.
+    """
+    model, tensor, fsdp = config.model, mesh.tensor, mesh.fsdp
+    if mesh.pipeline > 1:
+        raise ConfigError(
+            f"mesh.pipeline={mesh.pipeline}: pipeline parallelism is not built yet; use mesh.pipeline=1 and "
+            "mesh.fsdp or mesh.tensor instead"
+        )
+    sharded = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_dim", "vocab_size")}
+    for name, size in sharded.items():
+        if size % tensor:
+            raise ConfigError(
+                f"model.{name}={size} is not divisible by mesh.tensor={tensor}; use mesh.tensor in "
+                f"{_nearest_divisors(math.gcd(*sharded.values()), tensor)}, which divide heads, kv_heads, ffn_dim and "
+                f"vocab_size, or model.{name} in {_nearest_multiples(size, tensor)}"
+            )
+    _divisible("model.dim", model.dim, "mesh.fsdp", fsdp, why=" (weights are sharded along it)")
+    length = config.data.sequence_length
+    _divisible("data.sequence_length", length, "mesh.sequence", mesh.sequence)
+    if config.parallel.sequence_parallel and length % (mesh.sequence * tensor):
+        raise ConfigError(
+            f"data.sequence_length={length} is not divisible by mesh.sequence x mesh.tensor = {mesh.sequence * tensor}"
+            f", which sequence_parallel needs; use data.sequence_length in "
+            f"{_nearest_multiples(length, mesh.sequence * tensor)}, or --config.parallel.sequence_parallel=false"
+        )
+    train = config.train
+    whole = train.microbatches * mesh.batch_shards
+    if train.batch_size % whole:
+        axes = " x ".join(f"{axis}={getattr(mesh, axis)}" for axis in BATCH_AXES)
+        per_microbatch = train.batch_size // train.microbatches
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not divisible by {train.microbatches} microbatches x {axes} = {whole}"
+            f" (global batch = sequences a device x microbatches x data x fsdp x expert); use train.batch_size in "
+            f"{_nearest_multiples(train.batch_size, whole)}, or data x fsdp x expert in "
+            f"{_nearest_divisors(per_microbatch, mesh.batch_shards)}"
+        )
