@@ -275,16 +275,18 @@ def batches(
       `next`.
     """
     order = _order(windows, seed)
+    shape = (microbatches, batch_size // microbatches)
 
     def load(step: int) -> Batch:
-        return _assemble(windows, _samples(order, step, batch_size).reshape(microbatches, -1), rows)
+        return _assemble(windows, order.__getitem__, step * batch_size, shape, rows)
 
     return _ahead(load, start, stop, prefetch)
 
 
 def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) -> list[int]:
     """Indices of the windows in batch `step` of `batches`, in order."""
-    return _samples(_order(windows, seed), step, batch_size).tolist()
+    order = _order(windows, seed)
+    return [int(order[sample]) for sample in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def evaluation_batches(
@@ -302,11 +304,12 @@ def evaluation_batches(
       An iterator of `Batch` (numpy int32 [M, b, S], M is 1 unless asked). The last one is filled up with padding.
     """
     total = min(len(windows), count * batch_size) if count else len(windows)
-    whole = math.ceil(total / batch_size)
-    indices = np.full(whole * batch_size, -1, np.int64)
-    indices[:total] = np.arange(total) * len(windows) // total
-    by_batch = indices.reshape(whole, microbatches, -1)
-    return _ahead(lambda n: _assemble(windows, by_batch[n], rows), 0, whole, prefetch)
+    shape = (microbatches, batch_size // microbatches)
+
+    def load(n: int) -> Batch:
+        return _assemble(windows, lambda k: k * len(windows) // total, n * batch_size, shape, rows, total)
+
+    return _ahead(load, 0, math.ceil(total / batch_size), prefetch)
 
 
 def _order(windows: Windows, seed: int) -> "grain.MapDataset[int]":
@@ -318,21 +321,26 @@ def _order(windows: Windows, seed: int) -> "grain.MapDataset[int]":
     return grain.MapDataset.range(len(windows)).shuffle(seed=mixed).repeat()
 
 
-def _samples(order: "grain.MapDataset[int]", step: int, batch_size: int) -> np.ndarray:
-    return np.array([order[k] for k in range(step * batch_size, (step + 1) * batch_size)], np.int64)
-
-
-def _assemble(windows: Windows, indices_Mb: np.ndarray, rows: Sequence[int] | None) -> Batch:
-    """Loads the windows at `indices_Mb`; an index of -1, and a row that is not among `rows`, is padding."""
-    wanted_Mb = indices_Mb >= 0
+def _assemble(
+    windows: Windows,
+    index_of: Callable[[int], int],
+    first: int,
+    shape: tuple[int, int],
+    rows: Sequence[int] | None,
+    total: int = sys.maxsize,
+) -> Batch:
+    """Loads samples `first` .. first + M*b - 1, in `shape` [M, b]; those from `total` on and those of rows that are not
+    among `rows` are padding. `index_of`: sample number -> window."""
+    samples_Mb = np.arange(first, first + math.prod(shape)).reshape(shape)
+    wanted_Mb = samples_Mb < total
     if rows is not None:
-        wanted_Mb &= np.isin(np.arange(indices_Mb.shape[1]), rows)
-    loaded = windows.load(indices_Mb[wanted_Mb])
-    shape = (*indices_Mb.shape, windows.sequence_length)
+        wanted_Mb &= np.isin(np.arange(shape[1]), rows)
+    loaded = windows.load([index_of(sample) for sample in samples_Mb[wanted_Mb].tolist()])
     if wanted_Mb.all():
-        return Batch(*(field.reshape(shape) for field in loaded))
+        return Batch(*(field.reshape(*shape, -1) for field in loaded))
     padding = {"tokens": 0, "targets": IGNORED, "positions": 0, "segments": 0}
-    batch = Batch(**{name: np.full(shape, value, np.int32) for name, value in padding.items()})
+    whole = (*shape, windows.sequence_length)
+    batch = Batch(**{name: np.full(whole, value, np.int32) for name, value in padding.items()})
     for field, values in zip(batch, loaded, strict=True):
         field[wanted_Mb] = values
     return batch

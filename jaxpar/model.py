@@ -13,13 +13,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import checkpoint_name as keep
 from jax.sharding import reshard
 
 from jaxpar.attention import TokenInfo, attend
 from jaxpar.config import Config, ModelConfig, RopeScaling
-from jaxpar.parallel import reduce
+from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules
+
+ACTIVATIONS = (
+    *("attention_input", "query", "key", "value", "attention", "attention_output"),
+    *("mlp_input", "gate", "up"),
+)
+"""What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are elementwise,
+attention scores are quadratic in S, and gathered weights are what fsdp is there to avoid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +39,14 @@ class Layout:
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
-        whole = reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
-        return checkpoint_name(whole, "entered")
+        return reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
 
     def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed once."""
         partial = jnp.einsum(
             subscripts, x, weight, out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"})
         )
-        return checkpoint_name(reshard(partial, self.residual), "left")
+        return reshard(partial, self.residual)
 
     @property
     def residual(self) -> jax.sharding.PartitionSpec:
@@ -106,14 +112,16 @@ class Attention(nnx.Module):
         self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None"
     ) -> tuple[jax.Array, "KVCache | None"]:
         layout = self.layout
-        q_BSHK = context.rotate(jnp.einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query)))
-        k_BSGK = context.rotate(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key)))
-        v_BSGK = jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value))
+        x_BSD = keep(layout.enter(x_BSD), "attention_input")
+        q_BSHK = keep(context.rotate(jnp.einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query")
+        k_BSGK = keep(context.rotate(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key")
+        v_BSGK = keep(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
         o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules)
-        return layout.leave("BSHK,HKD->BSD", o_BSHK, layout.weight(self.out)), cache
+        out_BSD = layout.leave("BSHK,HKD->BSD", keep(o_BSHK, "attention"), layout.weight(self.out))
+        return keep(out_BSD, "attention_output"), cache
 
 
 class MLP(nnx.Module):
@@ -128,8 +136,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         layout = self.layout
-        gate_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate))
-        up_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up))
+        x_BSD = keep(layout.enter(x_BSD), "mlp_input")
+        gate_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate)), "gate")
+        up_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up)), "up")
         return layout.leave("BSF,FD->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
 
 
@@ -139,15 +148,13 @@ class Block(nnx.Module):
         self.attention = Attention(new)
         self.mlp_norm = RMSNorm(new)
         self.mlp = MLP(new)
-        self.layout = new.layout
 
     def __call__(
         self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
     ) -> tuple[jax.Array, "KVCache | None"]:
-        enter = self.layout.enter
-        attended, cache = self.attention(enter(self.attention_norm(x_BSD)), context, cache)
-        x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(enter(self.mlp_norm(x_BSD))), cache
+        out_BSD, cache = self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + out_BSD
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), cache
 
 
 class Llama(nnx.Module):
@@ -194,22 +201,14 @@ class Llama(nnx.Module):
             layer, kv = scanned
             return layer(x_BSD, context, kv)
 
-        policy = reduce.saveable if self.remat == "none" else jax.checkpoint_policies.nothing_saveable
+        kept = ACTIVATIONS if self.remat == "none" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        x_BSD = vocabulary.lookup(self.embedding[...], tokens_BS, self.layout.rules, self.layout.dtype)
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
-        x_BSD, kv = jax.lax.scan(step, self.embed(tokens_BS), (self.layers, cache and cache.kv))
+        x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv))
         if cache is not None:
             cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache
-
-    def embed(self, tokens_BS: jax.Array) -> jax.Array:
-        """Looks tokens up in the embedding, whose rows lie on `tensor`; each row is found on one device and summed.
-
-        The lookup is written in float32, so that the gradients of a frequent token add up in float32. Only the cast
-        weight travels.
-        """
-        table_VD = self.layout.weight(self.embedding).astype(jnp.float32)
-        x_BSD = table_VD.at[tokens_BS].get(out_sharding=self.layout.residual)
-        return x_BSD.astype(self.layout.dtype)
 
     def head_weight(self) -> jax.Array:
         """[D, V], as stored: sharded (fsdp, tensor)."""

@@ -191,7 +191,7 @@ def _map(
 
 
 def _start_worker() -> None:
-    """Lets a worker die with the command: at once and silently on Ctrl-C, and when the parent was killed."""
+    """Leaves Ctrl-C to the parent, which lets a worker finish its group, and ends the worker when the parent is killed."""
 
     def exit_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -199,7 +199,7 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 

@@ -222,10 +222,11 @@ def validate_mesh(config: Config, mesh: MeshConfig) -> None:
     whole = train.microbatches * mesh.batch_shards
     if train.batch_size % whole:
         axes = " x ".join(f"{axis}={getattr(mesh, axis)}" for axis in BATCH_AXES)
+        factors = f"microbatches={train.microbatches} x {axes} = {whole}"
         per_microbatch = train.batch_size // train.microbatches
         raise ConfigError(
-            f"train.batch_size={train.batch_size} is not divisible by {train.microbatches} microbatches x {axes} = {whole}"
-            f" (global batch = sequences a device x microbatches x data x fsdp x expert); use train.batch_size in "
+            f"train.batch_size={train.batch_size} is not divisible by {factors} "
+            f"(sequences a device x microbatches x data x fsdp x expert); use train.batch_size in "
             f"{_nearest_multiples(train.batch_size, whole)}, or data x fsdp x expert in "
             f"{_nearest_divisors(per_microbatch, mesh.batch_shards)}"
         )

@@ -32,12 +32,3 @@ def _without(entry: str | tuple[str, ...] | None, axis: str) -> str | tuple[str,
     if isinstance(entry, tuple):
         return tuple(name for name in entry if name != axis) or None
     return None if entry == axis else entry
-
-
-def saveable(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
-    """Remat policy of `memory.remat="none"`: keep every activation, but never a gathered weight.
-
-    Without it the layer scan would stack the gathered weights of all layers as residuals, which is all that fsdp is
-    there to avoid. `reshard` outputs are recomputed; an activation that was resharded and is worth keeping is named.
-    """
-    return primitive.name != "reshard"

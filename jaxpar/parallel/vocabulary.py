@@ -1,10 +1,98 @@
-"""The vocabulary sharded over `tensor`: softmax statistics and gradients of the head, inside a full-manual region."""
+"""The vocabulary sharded over `tensor`: embedding lookup, and the softmax statistics of the head.
+
+What reads `local block` runs inside a full-manual region; `lookup` makes its own. Suffixes of local blocks have small
+letters where a dimension is split: b, s (over sequence, and over tensor where the residual is), d (fsdp), v (tensor).
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxpar.sharding import Rules
+
 _REPLICATED = ("data", "expert", "sequence")
-"""Axes over which the head is replicated while tokens are spread: its gradient is summed over them."""
+"""Axes over which embedding and head are replicated while tokens are spread: their gradients are summed over them."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
+    """Rows of an embedding whose vocabulary lies on `tensor`.
+
+    Every device looks up the tokens whose rows it holds; the sum over `tensor` has one term a token, so it is exact in
+    any dtype. In the gradient the contributions of a frequent token add up in float32 before anything is rounded.
+
+    Args:
+      table_VD: as stored, sharded (tensor, fsdp).
+      tokens_BS: int32, sharded (batch, sequence).
+      rules: the sharding table.
+      dtype: of the result, and of what travels.
+
+    Returns:
+      [B, S, D] in `dtype`, laid out as the residual.
+
+    Communication: the table over fsdp (all-gather), the rows over tensor (reduce-scatter, or all-reduce without
+    sequence parallelism). Backward: the gradient of the rows over tensor (all-gather with sequence parallelism), that
+    of the table over fsdp (reduce-scatter) and over the other axes of the tokens (all-reduce).
+    """
+    return _lookup_island(rules, dtype)(table_VD, tokens_BS)
+
+
+def _lookup_forward(table_VD, tokens_BS, rules, dtype):
+    return lookup(table_VD, tokens_BS, rules, dtype), (tokens_BS, table_VD)
+
+
+def _lookup_backward(rules, dtype, residuals, dx_BSD):
+    tokens_BS, table_VD = residuals
+    island = _manual(
+        functools.partial(_lookup_gradient, vocabulary=table_VD.shape[0], shard_seq=_shards_sequence(rules)),
+        in_specs=(rules.spec("batch", "residual_seq", "embed"), rules.spec("batch", "seq")),
+        out_specs=rules.spec("vocab", "embed_fsdp"),
+    )
+    return island(dx_BSD.astype(dtype), tokens_BS).astype(table_VD.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _lookup_island(rules: Rules, dtype: jnp.dtype):
+    def local(table_vd: jax.Array, tokens_bs: jax.Array) -> jax.Array:
+        table_vD = jax.lax.all_gather(table_vd.astype(dtype), "fsdp", axis=1, tiled=True)
+        here_bs, row_bs = _held_here(tokens_bs, table_vD.shape[0])
+        x_bsD = jnp.where(here_bs[..., None], table_vD[row_bs], 0)
+        return scatter_tokens(x_bsD) if _shards_sequence(rules) else sum_tokens(x_bsD)
+
+    return _manual(
+        local,
+        in_specs=(rules.spec("vocab", "embed_fsdp"), rules.spec("batch", "seq")),
+        out_specs=rules.spec("batch", "residual_seq", "embed"),
+    )
+
+
+def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int, shard_seq: bool) -> jax.Array:
+    dx_bSD = gather_tokens(dx_bsD) if shard_seq else dx_bsD
+    rows = vocabulary // jax.lax.axis_size("tensor")
+    here_bs, row_bs = _held_here(tokens_bs, rows)
+    dtable_vD = jnp.zeros((rows, dx_bSD.shape[-1]), jnp.float32)
+    dtable_vD = dtable_vD.at[row_bs].add(jnp.where(here_bs[..., None], dx_bSD.astype(jnp.float32), 0))
+    dtable_vd = jax.lax.psum_scatter(dtable_vD.astype(dx_bsD.dtype), "fsdp", scatter_dimension=1, tiled=True)
+    return jax.lax.psum(dtable_vd, _REPLICATED)
+
+
+def _held_here(tokens_bs: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Which tokens have their row on this device, and which row of its block (0 for the others)."""
+    row_bs = tokens_bs - jax.lax.axis_index("tensor") * rows
+    here_bs = (row_bs >= 0) & (row_bs < rows)
+    return here_bs, jnp.where(here_bs, row_bs, 0)
+
+
+def _shards_sequence(rules: Rules) -> bool:
+    return "tensor" in rules.residual_seq
+
+
+def _manual(local, *, in_specs, out_specs):
+    # check_vma: nothing is differentiated through the region; both directions spell out their sums
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def gather_tokens(x_bsD: jax.Array) -> jax.Array:
