@@ -111,7 +111,7 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes. `none` keeps the result of every matmul, `full` one residual a layer."""
+    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer."""
 
     remat: str = "none"
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -278,7 +278,7 @@ def batches(
     shape = (microbatches, batch_size // microbatches)
 
     def load(step: int) -> Batch:
-        return _assemble(windows, order.__getitem__, step * batch_size, shape, rows)
+        return _assemble(windows, order, step * batch_size, shape, rows)
 
     return _ahead(load, start, stop, prefetch)
 
@@ -286,7 +286,7 @@ def batches(
 def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) -> list[int]:
     """Indices of the windows in batch `step` of `batches`, in order."""
     order = _order(windows, seed)
-    return [int(order[sample]) for sample in range(step * batch_size, (step + 1) * batch_size)]
+    return [order(sample) for sample in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def evaluation_batches(
@@ -312,13 +312,14 @@ def evaluation_batches(
     return _ahead(load, 0, math.ceil(total / batch_size), prefetch)
 
 
-def _order(windows: Windows, seed: int) -> "grain.MapDataset[int]":
+def _order(windows: Windows, seed: int) -> Callable[[int], int]:
     """Sample number -> window index. The seed is hashed, for grain adds the epoch to it, and the second epoch of seed 0
     should not be the first of seed 1."""
     import grain
 
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.range(len(windows)).shuffle(seed=mixed).repeat()
+    order = grain.MapDataset.range(len(windows)).shuffle(seed=mixed).repeat()
+    return lambda sample: cast(int, order[sample])
 
 
 def _assemble(

@@ -25,7 +25,7 @@ ACTIVATIONS = (
     *("attention_input", "query", "key", "value", "attention", "attention_output"),
     *("mlp_input", "gate", "up"),
 )
-"""What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are elementwise,
+"""What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are cheap, the
 attention scores are quadratic in S, and gathered weights are what fsdp is there to avoid."""
 
 

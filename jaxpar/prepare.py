@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -26,7 +27,7 @@ from jaxpar.config import Config, ConfigError, DataConfig
 from jaxpar.data import fitting_tokenizer, held_out, in_order, tail, validation_files
 from jaxpar.shards import MANIFEST, read_manifest
 from jaxpar.sources import Source, batched, documents, find_source
-from jaxpar.tokenizer import encode_documents, fingerprint, load_tokenizer, token_dtype
+from jaxpar.tokenizer import Tokenizer, encode_documents, fingerprint, load_tokenizer, token_dtype
 
 Shard = dict[str, Any]
 """What the manifest says of a shard: file, split, group, documents, characters, tokens, max_id, sha256."""
@@ -63,13 +64,7 @@ def prepare(
       ConfigError: a wrong source or tokenizer, or an `output` made from another source or with other settings.
     """
     data = config.data
-    if data.source == "synthetic":
-        raise ConfigError("data.source='synthetic' has no text to prepare; train from it as it is")
-    tokenizer = fitting_tokenizer(data, config.model.vocab_size)
-    source = find_source(data.source)
-    held = validation_files(data, source)
-    if source.shards or any(file.suffix == ".bin" for file in held):
-        raise ConfigError(f"data.source={data.source!r}: token shards need no preparation; train from them as they are")
+    tokenizer, source, held = _open_text(config)
     request = {
         "source": [_identity(file) for file in source.files],
         "validation_source": [_identity(file) for file in held],
@@ -94,17 +89,18 @@ def prepare(
         "request": request,
         "shards": manifest.get("shards", []),
     }
+    _save(output, manifest, complete=False)
     done = {shard["group"] for shard in manifest["shards"]}
     todo = (group for group in itertools.chain([first], groups) if group.index not in done)
     write = functools.partial(write_group, tokenizer_name=data.tokenizer, output=output)
-    with (
-        _progress(source.files + held, manifest["shards"]) as report,
-        contextlib.closing(_map(write, todo, workers)) as results,
-    ):
+    results = _map(write, todo, workers, output)
+    with _progress(source.files + held, manifest["shards"]) as report, contextlib.closing(results):
         for shards in results:
             manifest["shards"] += shards
             _save(output, manifest, complete=False)
             report(shards)
+    for left in output.glob("*.partial"):  # by an interruption
+        left.unlink()
     return _save(output, manifest, complete=True)
 
 
@@ -152,6 +148,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _open_text(config: Config) -> tuple[Tokenizer, Source, tuple[Path, ...]]:
+    """The tokenizer, the source, and the files of a validation split that is given."""
+    data = config.data
+    if data.source == "synthetic":
+        raise ConfigError("data.source='synthetic' has no text to prepare; train from it as it is")
+    source = find_source(data.source)
+    held = validation_files(data, source)
+    if source.shards or any(file.suffix == ".bin" for file in held):
+        raise ConfigError(f"data.source={data.source!r}: token shards need no preparation; train from them as they are")
+    return fitting_tokenizer(data, config.model.vocab_size), source, held
+
+
 # Groups.
 
 
@@ -177,21 +185,42 @@ def _groups(source: Source, held: tuple[Path, ...], data: DataConfig, characters
 
 
 def _map(
-    write: Callable[[Group], list[Shard]], groups: Iterable[Group], workers: int | None
+    write: Callable[[Group], list[Shard]], groups: Iterable[Group], workers: int | None, output: Path
 ) -> Generator[list[Shard], None, None]:
+    """`write` of each group, in order. Groups reach their worker in files: a pipe that holds megabytes of text would
+    block this process for ever when the worker dies before it has read them."""
     if workers == 1:
         yield from map(write, groups)
         return
     workers = workers or os.cpu_count() or 1
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
-        yield from in_order(pool, write, groups, ahead=workers)
+        files = (_spool(group, output) for group in groups)
+        yield from in_order(pool, functools.partial(_write_spooled, write), files, ahead=workers)
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _spool(group: Group, output: Path) -> Path:
+    path = output / f"group_{group.index:05d}.partial"
+    path.write_bytes(pickle.dumps(group))
+    return path
+
+
+def _write_spooled(write: Callable[[Group], list[Shard]], path: Path) -> list[Shard]:
+    group = pickle.loads(path.read_bytes())
+    path.unlink()
+    return write(group)
+
+
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, which lets a worker finish its group, and ends the worker when the parent is killed."""
+    """Leaves Ctrl-C to the parent, which ends its workers quietly, and ends the worker when the parent is killed."""
 
     def exit_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -247,7 +276,7 @@ def _save(output: Path, manifest: dict[str, Any], *, complete: bool) -> dict[str
         "complete": complete,
         "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
-        "max_id": max(shard["max_id"] for shard in shards),
+        "max_id": max((shard["max_id"] for shard in shards), default=0),
     }
     manifest = manifest | totals | {"shards": shards}
     _write(output / MANIFEST, json.dumps(manifest, indent=1).encode())

@@ -57,14 +57,21 @@ def run_batch(config: Config, mesh: Mesh, batch: data.Batch) -> Result:
       mesh: six axes.
       batch: int32 arrays of the whole batch, [M, B, S] for any M.
     """
-    whole = [x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch]
+    parts = [x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch]
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        placed = data.Batch(*(jax.device_put(x, NamedSharding(mesh, batch_spec(config))) for x in whole))
+        placed = data.Batch(*(jax.device_put(x, NamedSharding(mesh, batch_spec(config))) for x in parts))
         losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(model, placed)
         leaves = {name: np.asarray(g, np.float64) for name, g in named_leaves(gradients).items()}
     norm = float(np.sqrt(sum(np.sum(g**2) for g in leaves.values())))
     return Result(float(losses.objective), norm, leaves)
+
+
+def initial_parameters(config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
+    """The freshly initialised parameters by name, on the host."""
+    with jax.set_mesh(mesh):
+        model = jax.jit(lambda: init_state(config).model)()
+        return {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
 
 
 def relative_error(value: Any, reference: Any) -> float:

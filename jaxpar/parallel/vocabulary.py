@@ -9,10 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpar.parallel.reduce import REPLICAS
 from jaxpar.sharding import Rules
-
-_REPLICATED = ("data", "expert", "sequence")
-"""Axes over which embedding and head are replicated while tokens are spread: their gradients are summed over them."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -76,7 +74,7 @@ def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int
     dtable_vD = jnp.zeros((rows, dx_bSD.shape[-1]), jnp.float32)
     dtable_vD = dtable_vD.at[row_bs].add(jnp.where(here_bs[..., None], dx_bSD.astype(jnp.float32), 0))
     dtable_vd = jax.lax.psum_scatter(dtable_vD.astype(dx_bsD.dtype), "fsdp", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(dtable_vd, _REPLICATED)
+    return jax.lax.psum(dtable_vd, REPLICAS)
 
 
 def _held_here(tokens_bs: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -91,8 +89,8 @@ def _shards_sequence(rules: Rules) -> bool:
 
 
 def _manual(local, *, in_specs, out_specs):
-    # check_vma: nothing is differentiated through the region; both directions spell out their sums
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    """A full-manual region through which nothing is differentiated: both directions spell out their sums."""
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)  # see above
 
 
 def gather_tokens(x_bsD: jax.Array) -> jax.Array:
@@ -117,7 +115,7 @@ def gather_weight(w_dv: jax.Array) -> jax.Array:
 
 def scatter_weight(dw_Dv: jax.Array) -> jax.Array:
     """The gradient of `gather_weight`: reduce-scatter over `fsdp`, all-reduce over the other axes of the tokens."""
-    return jax.lax.psum(jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True), _REPLICATED)
+    return jax.lax.psum(jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True), REPLICAS)
 
 
 def log_partition(logits_cv: jax.Array, target_c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,222 @@
+"""What the compiled training step sends and holds, read from XLA's own output.
+
+The GPU compiler runs without a GPU (`make test` puts `jax-cuda12-plugin` in place): eight H100s that are not there.
+Bytes are those of one device and one step, whole over the axis that the collective runs over. `layers` and `ends` are
+the elements of all layers' matrices and of embedding and head; `A` is the bytes of one activation of the residual.
+"""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hlo import Collective, collectives, shapes
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpar import data, plan
+from jaxpar.config import Config, MeshConfig, configure
+from jaxpar.sharding import make_mesh
+from jaxpar.step import batch_spec, init_state, make_train_step
+from jaxpar.validation import resolve, validate_mesh
+
+MODEL = dict(vocab_size=4096, dim=512, layers=3, heads=16, kv_heads=8, head_dim=32, ffn_dim=1024)
+LENGTH, SEQUENCES = 1024, 2
+BF16 = 2
+SMALL = 64 * 1024
+"""Bytes under which a collective is bookkeeping: loss sums, gradient norms, gradients of norm scales."""
+
+
+@functools.cache
+def h100s():
+    """Eight H100s on one host."""
+    spec = (Path(__file__).parent / "data" / "h100.txtpb").read_text()
+    return topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x8").devices
+
+
+def make_config(mesh: MeshConfig, *, microbatches=1, remat="none", sequence_parallel=True, **model) -> Config:
+    config = resolve(
+        configure(
+            model=dict(MODEL, **model),
+            data=dict(sequence_length=LENGTH),
+            train=dict(batch_size=SEQUENCES * microbatches * mesh.batch_shards, microbatches=microbatches),
+            memory=dict(remat=remat),
+            parallel=dict(sequence_parallel=sequence_parallel),
+        )
+    )
+    validate_mesh(config, mesh)
+    return config
+
+
+def abstract_state(config: Config, mesh: Mesh):
+    """Shapes, dtypes and shardings of the training state."""
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(placed, jax.eval_shape(lambda: init_state(config)))
+
+
+@functools.cache
+def compile_step(config: Config, sizes: MeshConfig, devices: str):
+    """The compiled training step and its mesh, on absent H100s or on simulated CPU devices."""
+    mesh = make_mesh(sizes, h100s() if devices == "gpu" else jax.devices())
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, mesh)
+        train = config.train
+        shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
+        field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(config)))
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        return step.lower(state, data.Batch(field, field, field, field)).compile(), mesh
+
+
+def traffic(config: Config, sizes: MeshConfig) -> list[Collective]:
+    """The collectives of the GPU step that are not bookkeeping."""
+    compiled, mesh = compile_step(config, sizes, "gpu")
+    return [c for c in collectives(compiled.as_text(), mesh) if c.bytes > SMALL]
+
+
+def total(found: list[Collective], kind: str, axis: str) -> int:
+    """Bytes a step of one kind of collective over one axis."""
+    return sum(c.bytes * c.count for c in found if c.kind == kind and c.axes == (axis,))
+
+
+def weights(config: Config) -> tuple[int, int]:
+    """Elements of the matrices of all layers, and of embedding and head together."""
+    sizes = {name: math.prod(shape) for name, shape in plan.parameter_shapes(config.model).items()}
+    layers = sum(size for name, size in sizes.items() if name.startswith("layers.") and "scale" not in name)
+    return layers, sizes["embedding"] + sizes.get("head", sizes["embedding"])
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_fsdp_gathers_each_layer_inside_the_layer_loop_in_bf16(remat):
+    sizes = MeshConfig(fsdp=8)
+    config = make_config(sizes, remat=remat)
+    found = traffic(config, sizes)
+    layers, ends = weights(config)
+    assert {(c.kind, c.axes, c.dtype) for c in found} == {
+        ("all-gather", ("fsdp",), "bf16"),
+        ("reduce-scatter", ("fsdp",), "bf16"),
+    }
+    # forward and backward gather every layer, and once embedding and head; the gradients return once
+    assert total(found, "all-gather", "fsdp") == BF16 * (2 * layers + ends)
+    assert total(found, "reduce-scatter", "fsdp") == BF16 * (layers + ends)
+    in_layers = [c for c in found if c.depth == max(c.depth for c in found)]
+    assert {c.count for c in in_layers} == {config.model.layers}
+    assert sum(c.bytes * c.count for c in in_layers if c.kind == "all-gather") == BF16 * 2 * layers
+
+
+def test_fsdp_never_holds_the_weights_of_all_layers():
+    sizes = MeshConfig(fsdp=8)
+    compiled, _ = compile_step(make_config(sizes), sizes, "gpu")
+    D, L, F = MODEL["dim"], MODEL["layers"], MODEL["ffn_dim"]
+    assert not [shape for _, shape in shapes(compiled.as_text()) if shape in ((L, D, F), (L, F, D), (L, D, 16, 32))]
+
+
+def test_tensor_with_sequence_parallelism_gathers_and_scatters_the_residual():
+    sizes = MeshConfig(tensor=8)
+    config = make_config(sizes)
+    found = traffic(config, sizes)
+    A = BF16 * SEQUENCES * LENGTH * MODEL["dim"]
+    assert {(c.kind, c.axes, c.dtype) for c in found} == {
+        ("all-gather", ("tensor",), "bf16"),
+        ("reduce-scatter", ("tensor",), "bf16"),
+    }
+    # two of each per layer and direction; besides, embedding: scatter, gather back; head: gather, scatter back
+    assert total(found, "all-gather", "tensor") == A * (4 * config.model.layers + 2)
+    assert total(found, "reduce-scatter", "tensor") == A * (4 * config.model.layers + 2)
+
+
+def test_tensor_without_sequence_parallelism_all_reduces_the_residual():
+    sizes = MeshConfig(tensor=8)
+    config = make_config(sizes, sequence_parallel=False)
+    found = traffic(config, sizes)
+    A = BF16 * SEQUENCES * LENGTH * MODEL["dim"]
+    assert {(c.kind, c.axes, c.dtype) for c in found} == {("all-reduce", ("tensor",), "bf16")}
+    assert total(found, "all-reduce", "tensor") == A * (4 * config.model.layers + 2)
+
+
+def test_context_parallelism_gathers_keys_and_values():
+    sizes = MeshConfig(sequence=8)
+    config = make_config(sizes, remat="full")
+    found = traffic(config, sizes)
+    layers, ends = weights(config)
+    kv = BF16 * 2 * SEQUENCES * LENGTH * config.model.kv_heads * config.model.head_dim
+    # forward, and again in the recomputation; their gradients return scattered
+    assert total(found, "all-gather", "sequence") == kv * 2 * config.model.layers
+    assert total(found, "reduce-scatter", "sequence") == kv * config.model.layers
+    assert total(found, "all-reduce", "sequence") == BF16 * (layers + ends), "weight gradients, once"
+    assert {c.axes for c in found} == {("sequence",)}
+
+
+def test_data_only_reduces_gradients():
+    sizes = MeshConfig(data=8)
+    config = make_config(sizes)
+    found = traffic(config, sizes)
+    layers, ends = weights(config)
+    assert {(c.kind, c.axes, c.dtype) for c in found} == {("all-reduce", ("data",), "bf16")}
+    assert total(found, "all-reduce", "data") == BF16 * (layers + ends)
+
+
+def test_axes_do_not_mix():
+    sizes = MeshConfig(data=2, fsdp=2, tensor=2)
+    config = make_config(sizes)
+    found = traffic(config, sizes)
+    layers, ends = weights(config)
+    assert total(found, "all-gather", "fsdp") == BF16 * (2 * layers + ends) // 2, "tensor halves what fsdp gathers"
+    A = BF16 * SEQUENCES * LENGTH * MODEL["dim"]
+    assert total(found, "all-gather", "tensor") == A * (4 * config.model.layers + 2)
+    assert total(found, "reduce-scatter", "fsdp") == BF16 * (layers + ends) // 2
+    assert total(found, "all-reduce", "data") == BF16 * (layers + ends) // 4, "only what fsdp leaves of it"
+    assert {(c.kind, c.axes) for c in found} == {
+        *(("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",)), ("all-reduce", ("data",))),
+        *(("all-gather", ("tensor",)), ("reduce-scatter", ("tensor",))),
+    }
+
+
+@pytest.mark.parametrize("devices", ["cpu", "gpu"])
+@pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
+def test_logits_of_the_batch_never_exist(sizes, devices):
+    """The largest array with a vocabulary dimension in float32 is one chunk of one device, or the weight's gradient."""
+    config = make_config(sizes, vocab_size=8192)
+    compiled, _ = compile_step(config, sizes, devices)
+    columns = config.model.vocab_size // sizes.tensor
+    tokens = SEQUENCES * LENGTH // sizes.sequence
+    assert config.loss.chunk < tokens or sizes.sequence > 1
+    for _, shape in shapes(compiled.as_text()):
+        if columns in shape and config.model.dim not in shape and config.model.dim // sizes.fsdp not in shape:
+            assert math.prod(shape) <= min(config.loss.chunk, tokens) * columns, shape
+
+
+@pytest.mark.parametrize("devices", ["cpu", "gpu"])
+@pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
+def test_donation_is_complete(sizes, devices):
+    config = make_config(sizes, vocab_size=8192)
+    compiled, mesh = compile_step(config, sizes, devices)
+    leaves = jax.tree.leaves(abstract_state(config, mesh))
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    assert compiled.memory_analysis().alias_size_in_bytes == held
+
+
+@pytest.mark.parametrize(("remat", "kept"), [("full", "D"), ("none", "DDDDFFGGHH")])
+def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
+    """`full`: the residual alone. `none`: besides it, two norms, attention output; gate, up; k, v; q and attention."""
+    sizes = MeshConfig(fsdp=8)
+    config = make_config(sizes, remat=remat)
+    compiled, _ = compile_step(config, sizes, "gpu")
+    model, L = config.model, config.model.layers
+    names = {(model.dim,): "D", (model.ffn_dim,): "F", (model.kv_heads, 32): "G", (model.heads, 32): "H"}
+    loops = re.findall(r"= (\(.*\)) while\(", compiled.as_text())
+    forward = max(loops, key=lambda carried: carried.count(f"[{L},{SEQUENCES},{LENGTH},"))
+    stacked = [shape for shape in map(_dims, re.findall(r"bf16\[[\d,]+\]|f32\[[\d,]+\]", forward)) if len(shape) > 3]
+    stacked = [shape[3:] for shape in stacked if shape[:3] == (L, SEQUENCES, LENGTH)]
+    assert "".join(sorted(names[shape] for shape in stacked)) == kept
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in shape.partition("[")[2].rstrip("]").split(","))
