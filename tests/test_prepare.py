@@ -147,7 +147,8 @@ def test_killed_with_workers_and_resumed(config: Config, tmp_path: Path) -> None
     command = [sys.executable, str(script), str(source), str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not (out / "manifest.json").exists() and killed.poll() is None:
+    manifest = out / "manifest.json"
+    while killed.poll() is None and not (manifest.exists() and "train_00000" in manifest.read_text()):
         time.sleep(0.005)
     killed.kill()
     killed.wait()
@@ -159,7 +160,7 @@ def test_killed_with_workers_and_resumed(config: Config, tmp_path: Path) -> None
         os.killpg(killed.pid, signal.SIGKILL)
         pytest.fail("workers outlived the command")
 
-    before = json.loads((out / "manifest.json").read_text())
+    before = json.loads(manifest.read_text())
     assert not before["complete"] and before["shards"]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     assert contents(out) == contents(whole)

@@ -16,10 +16,10 @@ REPLICAS = ("data", "expert", "sequence")
 def gather(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """All-gathers one layer's weight over `fsdp`, in the dtype of the computation.
 
-    The cast comes first, so the bytes on the wire are those of `dtype`. Forward: one all-gather over `fsdp`,
-    repeated in the backward pass, for its result is not kept. Backward: the gradient is reduce-scattered over `fsdp`, and what is
-    left of it all-reduced over `REPLICAS`. It takes two steps to say so: a single one is compiled to an all-reduce of
-    the whole over all of these axes.
+    The cast comes first, so the bytes on the wire are those of `dtype`. Forward: one all-gather over `fsdp`, repeated
+    in the backward pass, for its result is not kept. Backward: the gradient is reduce-scattered over `fsdp`, and what
+    is left of it all-reduced over `REPLICAS`. It takes two steps to say so: a single one is compiled to an all-reduce
+    of the whole over all of these axes.
 
     Args:
       weight: as stored, any rank, sharded over `fsdp` on at most one dimension.
