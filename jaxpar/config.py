@@ -238,18 +238,28 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean ...?` for the closest of `names`, or the whole list when none is close."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    same = [other for other in names if "." in name and other.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = same or close  # the right field in the wrong group
-    return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(names)}."
+    return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(names)}."
 
 
 def check_field(path: str) -> None:
-    """Refuses the dotted name of a config field that does not exist."""
+    """Refuses the dotted name of a config field that does not exist.
+
+    Raises:
+      ConfigError: with the field of that name in another group, else the nearest, else those of the group.
+    """
     paths = field_paths()
     groups = {known.rpartition(".")[0] for known in paths}
-    if path not in paths and path not in groups:
-        known = paths if path.partition(".")[0] in groups or "." in path else groups
-        raise ConfigError(f"unknown config field {path!r}.{nearest(path, known)}")
+    if path in paths or path in groups:
+        return
+    group, _, name = path.rpartition(".")
+    namesakes = [known for known in paths if known.rpartition(".")[2] == name]
+    if namesakes:
+        hint = f" Did you mean {' or '.join(namesakes)}?"
+    elif group in groups:
+        hint = nearest(name, [known.rpartition(".")[2] for known in paths if known.rpartition(".")[0] == group])
+    else:
+        hint = nearest(group or path, sorted({known.partition(".")[0] for known in groups}))
+    raise ConfigError(f"unknown config field {path!r}.{hint}")
 
 
 def _to_config_dict(value: Any) -> config_dict.ConfigDict:

@@ -122,8 +122,20 @@ class TestNames:
     def test_nearest(self):
         assert nearest("tensr", AXES) == " Did you mean tensor?"
         assert nearest("zzz", ("ab", "cd")) == " Known: ab, cd."
-        # The right field in the wrong group.
-        assert nearest("x.ab", ("long_group.ab", "other.cd")) == " Did you mean long_group.ab?"
+
+    @pytest.mark.parametrize(
+        ("path", "hint"),
+        [
+            ("model.batch_size", "Did you mean train.batch_size?"),
+            ("batch_size", "Did you mean train.batch_size?"),
+            ("train.step", "Did you mean steps?"),
+            ("train.lr", "Known: steps, batch_size"),
+            ("modle.dim", "Did you mean model.dim?"),
+            ("modle", "Did you mean model?"),
+        ],
+    )
+    def test_an_unknown_field_is_told_the_one_that_is_meant(self, path, hint):
+        assert hint in message(check_field, path)
 
 
 class TestRules:
