@@ -234,11 +234,11 @@ def value_of(config: Config, path: str) -> Any:
     return value
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` Did you mean ...?` for the closest of `names`, or the whole list when none is close."""
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean ...?` for the closest of `names`, or the whole list when none is close; `prefix` is put before."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(names)}."
+    return f" Did you mean {prefix}{close[0]}?" if close else f" Known: {', '.join(prefix + name for name in names)}."
 
 
 def check_field(path: str) -> None:
@@ -256,7 +256,8 @@ def check_field(path: str) -> None:
     if namesakes:
         hint = f" Did you mean {' or '.join(namesakes)}?"
     elif group in groups:
-        hint = nearest(name, [known.rpartition(".")[2] for known in paths if known.rpartition(".")[0] == group])
+        siblings = [known.removeprefix(group + ".") for known in paths if known.rpartition(".")[0] == group]
+        hint = nearest(name, siblings, prefix=group + ".")
     else:
         hint = nearest(group or path, sorted({known.partition(".")[0] for known in groups}))
     raise ConfigError(f"unknown config field {path!r}.{hint}")

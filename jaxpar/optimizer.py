@@ -13,8 +13,8 @@ from jaxpar.tree import leaf_name
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates made so far.
 
-    Linear warmup that reaches `learning_rate` after `warmup_steps` updates (the first is not zero), then the decay:
-    `cosine` and `linear` fall to `min_learning_rate` at the last step, `wsd` stays and falls linearly over the last
+    Linear warmup over `warmup_steps` updates (at most `steps`; the first is not zero), then the decay: `cosine` and
+    `linear` reach `min_learning_rate` after `steps` updates, `wsd` stays and falls linearly over the last
     `decay_fraction` of the steps, `constant` stays.
     """
     peak, low = config.learning_rate, config.min_learning_rate
@@ -25,8 +25,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         decay = optax.linear_schedule(peak, low, after)
     elif config.schedule == "wsd":
-        falling = max(round(steps * config.decay_fraction), 1)
-        decay = optax.linear_schedule(peak, low, falling, transition_begin=max(after - falling, 0))
+        falling = min(max(round(steps * config.decay_fraction), 1), after)
+        decay = optax.linear_schedule(peak, low, falling, transition_begin=after - falling)
     else:
         decay = optax.constant_schedule(peak)
     if warmup == 0:
@@ -60,22 +60,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
                 optax.scale_by_learning_rate(rate),
             )
         )
-    return _auto(
-        contrib.muon(
-            rate,
-            beta=o.beta1,
-            weight_decay=o.weight_decay,
-            weight_decay_mask=is_matrix,
-            adam_b1=o.beta1,
-            adam_b2=o.beta2,
-            adam_weight_decay=o.weight_decay,
-            muon_weight_dimension_numbers=_muon_dimensions,
-        )
+    direction = contrib.muon(
+        -1.0,  # the direction itself: its weight decay would not spare the norm scales
+        beta=o.beta1,
+        eps=o.eps,
+        adam_b1=o.beta1,
+        adam_b2=o.beta2,
+        muon_weight_dimension_numbers=_muon_dimensions,
     )
+    return _auto(optax.chain(direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)))
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Which dimensions of a stacked weight are rows and columns; None (AdamW) for embedding, head and norms."""
+    """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head and norms."""
     matrix, split_heads, join_heads = ((1,), (2,)), ((1,), (2, 3)), ((1, 2), (3,))  # dimension 0 is the layer
     rows_columns = {
         "layers.attention.query": split_heads,

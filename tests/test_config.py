@@ -128,8 +128,8 @@ class TestNames:
         [
             ("model.batch_size", "Did you mean train.batch_size?"),
             ("batch_size", "Did you mean train.batch_size?"),
-            ("train.step", "Did you mean steps?"),
-            ("train.lr", "Known: steps, batch_size"),
+            ("train.step", "Did you mean train.steps?"),
+            ("train.lr", "Known: train.steps, train.batch_size"),
             ("modle.dim", "Did you mean model.dim?"),
             ("modle", "Did you mean model?"),
         ],
