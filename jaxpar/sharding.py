@@ -7,6 +7,7 @@ error at trace time instead of a surprise all-gather.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,17 +80,22 @@ class Rules:
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh: six Explicit axes, inner axes inside a host wherever the sizes allow it.
-
-    Devices are ordered by host and then by their number in it, so the innermost axes (`tensor`, `sequence`) get
-    neighbours with the fastest links.
-    """
-    chosen = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
-    array = np.array(chosen[: mesh.devices], dtype=object).reshape(mesh.shape)
+    """The device mesh: six Explicit axes, laid out by `arrange` over `devices` (default: all)."""
+    array = arrange(mesh, jax.devices() if devices is None else devices)
     return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def axes_across_hosts(mesh: Mesh) -> list[str]:
-    """The axes along which neighbours sit in different hosts, and so talk over the network."""
-    hosts = np.vectorize(lambda d: d.process_index, otypes=[int])(mesh.devices)
+def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the shape of the mesh, inner axes inside a host wherever the sizes allow it.
+
+    They are ordered by host and then by their number in it, so the innermost axes (`tensor`, `sequence`) get neighbours
+    with the fastest links.
+    """
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return np.array(ordered[: mesh.devices], dtype=object).reshape(mesh.shape)
+
+
+def axes_across_hosts(devices: np.ndarray) -> list[str]:
+    """The axes of an arrangement along which neighbours sit in different hosts, and so talk over the network."""
+    hosts = np.vectorize(lambda device: device.process_index, otypes=[int])(devices)
     return [axis for dim, axis in enumerate(AXES) if np.any(hosts != np.take(hosts, [0], axis=dim))]

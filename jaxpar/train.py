@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
         lines.append(
             f"baseline  unigram entropy {corpus.unigram_entropy:.4f} nats a token: a loss that knows no context"
         )
-    if "tensor" in (crossing := axes_across_hosts(mesh)):
+    if "tensor" in (crossing := axes_across_hosts(mesh.devices)):
         lines.append(
             f"warning   mesh.tensor={sizes.tensor} spans hosts of {jax.local_device_count()} devices, so its traffic "
             f"takes the slow links (as that of {', '.join(crossing)} does)"
@@ -126,25 +126,28 @@ def evaluate(
 ) -> float | None:
     """Mean cross-entropy of the validation split in nats a token; None if a signal came in between."""
     assert corpus.validation is not None
+    sharding, rows = batch_sharding(config, mesh)
     batches = data.evaluation_batches(
         corpus.validation,
         batch_size=config.train.batch_size,
         count=config.train.eval_batches,
         microbatches=config.train.microbatches,
+        rows=rows,
     )
     sums = []
-    for batch in _on_mesh(batches, config, mesh):
-        sums.append(eval_step(model, batch))
+    for batch in batches:
+        sums.append(eval_step(model, data.global_batch(batch, sharding)))
         if stop.number and jax.process_count() == 1:
             return None
     losses, tokens = zip(*jax.device_get(sums), strict=True)
     return float(np.sum(losses, dtype=np.float64) / max(np.sum(tokens), 1))
 
 
-def _on_mesh(batches: Iterator[data.Batch], config: Config, mesh: Mesh) -> Iterator[data.Batch]:
+def batch_sharding(config: Config, mesh: Mesh) -> tuple[NamedSharding, list[int]]:
+    """Where the arrays of a batch lie, and which rows of a microbatch this process has to load."""
     sharding = NamedSharding(mesh, batch_spec(config))
-    for batch in batches:
-        yield data.global_batch(batch, sharding)
+    rows = config.train.batch_size // config.train.microbatches
+    return sharding, data.local_rows(sharding, (config.train.microbatches, rows, config.data.sequence_length))
 
 
 def start_state(config: Config, checkpointer: Checkpointer, fresh: bool) -> tuple[TrainState, int]:
@@ -183,6 +186,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
     batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
     offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
     write_config(workdir, config, MeshConfig(*mesh.devices.shape))
+    sharding, rows = batch_sharding(config, mesh)
     batches = data.batches(
         corpus.train,
         seed=config.train.seed,
@@ -190,6 +194,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         microbatches=config.train.microbatches,
         start=start + offset,
         stop=max(steps, start) + offset,
+        rows=rows,
         prefetch=config.data.prefetch,
     )
     windows = functools.partial(data.batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size)
@@ -203,7 +208,9 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         StopSignal() as stop,
         Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start) as metrics,
     ):
-        for step, batch in enumerate(metrics.watch(_on_mesh(batches, config, mesh)), start=start + 1):
+        for step, batch in enumerate(
+            metrics.watch(data.global_batch(batch, sharding) for batch in batches), start=start + 1
+        ):
             state, values = train_step(state, batch)
             watchdog.check(step - 1, metrics.step(step, values))
             if step == start + 1:
