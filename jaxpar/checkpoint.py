@@ -254,7 +254,7 @@ class Checkpointer:
         if found is None or not _is_complete(found):
             steps = _listed(complete_steps(self._directory))
             raise ConfigError(f"{found or self._directory} holds no complete checkpoint; complete steps: {steps}")
-        return restore_state(found, abstract_state), _read_json(found, "data")
+        return restore_run(found, abstract_state)
 
     def wait(self) -> None:
         """Waits for the save in the background, and raises its error."""
@@ -263,6 +263,11 @@ class Checkpointer:
     def close(self) -> None:
         """Waits, then lets go of the threads."""
         self._manager.close()
+
+
+def restore_run(directory: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    """The state and the position in the data of one checkpoint directory; as in `Checkpointer.restore`."""
+    return restore_state(directory, abstract_state), _read_json(directory, "data")
 
 
 def restore_state(directory: Path, abstract_state: Any, *, partial: bool = False) -> Any:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from ctypes.util import find_library
@@ -17,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from jaxpar.config import AXES, Config, ConfigError, check_field, field_paths, nearest, value_of
+from jaxpar.config import AXES, LARGEST, Config, ConfigError, check_field, field_paths, nearest, value_of
 from jaxpar.validation import CHOICES, resolve, resolve_mesh, validate_mesh
 
 if typing.TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Launch:
     num_processes: int | None
     process_id: int | None
     options: Mapping[str, Any]
+
+    @property
+    def devices(self) -> int | None:
+        """Of all processes together, where it is known before jax starts."""
+        return self.cpu_devices and self.cpu_devices * (self.num_processes or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +98,8 @@ def parse(argv: Sequence[str] | None, doc: str, **options: Option) -> Request:
     values = _parse_flags(argv, {**options, **_RUN, **_LAUNCH}, config=True)
     launch = _launch(values, options)
     config = resolve(values.config)
-    validate_mesh(config, resolve_mesh(launch.mesh, launch.cpu_devices))
-    workdir = values.workdir or Path("runs") / Path(_config_path(argv)).stem
+    validate_mesh(config, resolve_mesh(launch.mesh, launch.devices))
+    workdir = values.workdir or Path("runs") / Path(_take_config(argv)[0] or "").stem
     return Request(**vars(launch), config=config, workdir=Path(workdir))
 
 
@@ -114,16 +120,16 @@ def _arguments(argv: Sequence[str] | None, doc: str, options: Mapping[str, Optio
 def _launch(values: flags.FlagValues, options: Mapping[str, Option]) -> Launch:
     if values["cpu_devices"].present and values.cpu_devices < 1:
         raise ConfigError(f"--cpu_devices={values.cpu_devices} must be at least 1")
-    mesh = values.mesh.to_dict()
-    resolve_mesh(mesh, values.cpu_devices or None)
-    return Launch(
-        mesh=mesh,
+    launch = Launch(
+        mesh=values.mesh.to_dict(),
         cpu_devices=values.cpu_devices or None,
         coordinator=values.coordinator,
         num_processes=values.num_processes or None,
         process_id=values.process_id if values.process_id >= 0 else None,
         options={name: values[name].value for name in options},
     )
+    resolve_mesh(launch.mesh, launch.devices)
+    return launch
 
 
 def _parse_flags(argv: Sequence[str], options: Mapping[str, Option], *, config: bool) -> flags.FlagValues:
@@ -138,39 +144,62 @@ def _parse_flags(argv: Sequence[str], options: Mapping[str, Option], *, config: 
         define = kinds.get(type(option.default), flags.DEFINE_string)
         define(name, option.default, option.help, flag_values=values)
     _check_names(argv)
-    sizes = config_dict.ConfigDict({axis: config_dict.placeholder(int) for axis in AXES})
+    groups = {"mesh": config_dict.ConfigDict({axis: config_dict.placeholder(int) for axis in AXES})}
+    if config:
+        path, argv = _take_config(argv)
+        groups["config"] = _load_config(path)
     try:
-        config_flags.DEFINE_config_dict("mesh", sizes, flag_values=values, sys_argv=["", *argv])
-        if config:
-            path = _config_path(argv)
-            if not Path(path).is_file():
-                raise ConfigError(f"--config={path}: no such file.{_known_configs(path)}")
-            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["", *argv])
+        for name, group in groups.items():
+            config_flags.DEFINE_config_dict(name, group, flag_values=values, sys_argv=["", *argv])
         rest = values(["jaxpar", *argv])[1:]
-        if config:
-            _ = values.config  # a config file is read on first use; what it raises must be caught here
     except flags.UnrecognizedFlagError as error:
         known = [*options, "mesh", *(["config"] if config else [])]
         raise ConfigError(f"unknown flag --{error.flagname}.{nearest(error.flagname, known)}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, SyntaxError, ImportError) as error:
-        raise ConfigError(str(error).strip("'\"")) from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --NAME=VALUE")
     for name, option in options.items():
-        if option.required and values[name].value in (None, ""):
+        value = values[name].value
+        if option.required and value in (None, ""):
             raise ConfigError(f"--{name} is missing: {option.help}")
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise ConfigError(f"--{name}={value} does not fit into 64 bits; use at most {LARGEST}")
     return values
 
 
-def _config_path(argv: Sequence[str]) -> str:
-    """The value of `--config`."""
-    for at, arg in enumerate(argv):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
-            if match[1] is not None:
-                return match[1]
-            if at + 1 < len(argv):
-                return argv[at + 1]
-    raise ConfigError(f"--config=FILE is missing.{_known_configs('configs/tiny.py')}")
+def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config`, and the arguments without it."""
+    path, rest, arguments = None, [], iter(argv)
+    for arg in arguments:
+        name, given, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            path = value if given else next(arguments, None)
+        else:
+            rest.append(arg)
+    return path, rest
+
+
+def _load_config(path: str | None) -> config_dict.ConfigDict:
+    """What `get_config()` of a config file returns; whatever goes wrong in it is told in one line."""
+    if not path:
+        raise ConfigError(f"--config=FILE is missing.{_known_configs('configs/tiny.py')}")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: no such file.{_known_configs(path)}")
+    content: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
+    try:
+        exec(compile(Path(path).read_text(), path, "exec"), content)
+        config = content["get_config"]() if "get_config" in content else None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, config_dict.ConfigDict):
+        found = f"get_config() gives {type(config).__name__}" if "get_config" in content else "there is no get_config()"
+        raise ConfigError(f"{path}: {found}; a config file has a get_config() that returns configure(...)")
+    return config
 
 
 def _known_configs(path: str) -> str:
@@ -181,7 +210,7 @@ def _known_configs(path: str) -> str:
 
 def _check_names(argv: Sequence[str]) -> None:
     for arg in argv:
-        if match := re.match(r"--?(?:no)?(config|mesh)\.([\w.]+)", arg):
+        if match := re.match(r"--?(?:no)?(config|mesh)\.([\w.]*)", arg):
             if match[1] == "config":
                 check_field(match[2])
             elif match[2] not in AXES:
@@ -216,17 +245,26 @@ def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:
 
 def check_writable(workdir: Path) -> None:
     """Refuses a workdir in which the run could not write, without writing."""
-    existing = next(parent for parent in [workdir.absolute(), *workdir.absolute().parents] if parent.exists())
+    path = workdir.absolute()
+    # os.path: Path.exists raises where a folder above may not be looked into.
+    existing = next(parent for parent in [path, *path.parents] if os.path.exists(parent))  # noqa: PTH110
     if not existing.is_dir():
         raise ConfigError(f"--workdir={workdir}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--workdir={workdir}: {existing} is not writable; give a folder that is")
 
 
-def start(launch: Launch, config: Config) -> "Mesh":
+def check_output(flag: str, path: str | None) -> None:
+    """Refuses a file that could not be written when the work is done."""
+    if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK)):
+        raise ConfigError(f"--{flag}={path} can't be written; give a file in a folder that exists and is writable")
+
+
+def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":
     """Starts jax with the devices that were asked for and makes the mesh.
 
-    Several hosts: Slurm, Open MPI and Kubernetes are detected by jax; elsewhere `--coordinator` tells.
+    Several hosts: Slurm, Open MPI and Kubernetes are detected by jax; elsewhere `--coordinator` tells. Without
+    `training` the batch and the sequence length of the config need not fit the mesh.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or the config does not fit the mesh.
@@ -246,7 +284,7 @@ def start(launch: Launch, config: Config) -> "Mesh":
         mesh = resolve_mesh(launch.mesh, len(devices))
     except ConfigError as error:
         raise ConfigError(f"{error}. Found {len(devices)} of kind {devices[0].device_kind!r}") from error
-    validate_mesh(config, mesh)
+    validate_mesh(config, mesh, training=training)
     return make_mesh(mesh)
 
 

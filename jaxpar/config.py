@@ -24,6 +24,9 @@ class ConfigError(ValueError):
     """The request is wrong. The command line prints it without a traceback and exits with 2."""
 
 
+LARGEST = 2**63 - 1
+"""The largest integer that jax can be given."""
+
 _DERIVED = {"derived": True}
 """Marks a field that follows from others unless it is given; 0 stands for not given."""
 
@@ -320,5 +323,7 @@ def from_mapping(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any
             value = float(value)
         if type(value) is not wanted:
             raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}")
+        if wanted is int and not -LARGEST <= value <= LARGEST:
+            raise ConfigError(f"{path}={value} does not fit into 64 bits; use at most {LARGEST}")
         result[name] = value
     return kind(**result)

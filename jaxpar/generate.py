@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(saved.data.tokenizer)
     # Without a prompt, begin where documents begin: after the end of another.
     prompt = np.asarray(tokenizer.encode(options["prompt"]) if options["prompt"] else [tokenizer.eot], np.int32)
-    mesh = cli.start(launch, generation_config(saved))
+    mesh = cli.start(launch, generation_config(saved), training=False)
     if mesh.shape["sequence"] > 1:
         raise ConfigError(f"mesh.sequence={mesh.shape['sequence']}: tokens are generated one by one; use 1")
     with jax.set_mesh(mesh):

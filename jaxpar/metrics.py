@@ -72,14 +72,19 @@ class Metrics:
       config: the resolved config.
       mesh: all devices of the run; their number and kind give MFU.
       start_step: steps done before. Rows of later steps are dropped: they belong to an attempt that was lost.
+      start_samples: sequences seen before; not all need have come in batches of this size.
 
     Raises:
       ConfigError: `log.tensorboard` without tensorboardX.
     """
 
-    def __init__(self, workdir: str | Path, config: Config, mesh: MeshConfig, *, start_step: int = 0):
+    def __init__(
+        self, workdir: str | Path, config: Config, mesh: MeshConfig, *, start_step: int = 0, start_samples: int = 0
+    ):
         self._config = config
         self._tokens = config.train.batch_size * config.data.sequence_length
+        self._tokens_before = start_samples * config.data.sequence_length
+        self._start_step = start_step
         self._flops = plan.step_flops(config).per_step
         peak = plan.peak_flops(jax.devices()[0].device_kind, config.precision.compute)
         self._peak = None if peak is None else peak * mesh.devices
@@ -154,7 +159,7 @@ class Metrics:
                 for name, value in values.items()
                 if isinstance(value, np.ndarray) and value.ndim == 0
             },
-            "tokens": step * self._tokens,
+            "tokens": self._tokens_before + (step - self._start_step) * self._tokens,
             "tokens_per_second": self._tokens / seconds if seconds else None,
             "step_seconds": seconds,
             "data_wait_seconds": waited,

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import cli, data, plan
-from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint
+from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
@@ -99,7 +99,7 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
     device = mesh.devices.flat[0]
     state = plan.state_bytes(config, sizes)
     lines = [
-        f"devices   {mesh.size} x {device.device_kind} in {jax.process_count()} process(es); mesh {sizes}",
+        f"devices   {mesh.size} x {device.device_kind} on {jax.process_count()} host{"s" * (jax.process_count() > 1)}; mesh {sizes}",
         f"model     {plan.parameter_count(config.model):,} parameters; a device holds "
         f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state",
         f"batch     {plan.describe_batch(config, sizes)}",
@@ -150,11 +150,11 @@ def batch_sharding(config: Config, mesh: Mesh) -> tuple[NamedSharding, list[int]
     return sharding, data.local_rows(sharding, (config.train.microbatches, rows, config.data.sequence_length))
 
 
-def start_state(config: Config, checkpointer: Checkpointer, fresh: bool) -> tuple[TrainState, int]:
-    """The state to begin with, and the number of training samples it has seen."""
-    if fresh:
+def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
+    """The state to begin with, from a checkpoint or fresh, and the number of training samples it has seen."""
+    if found is None:
         return jax.jit(lambda: init_state(config))(), 0
-    state, position = checkpointer.restore(jax.eval_shape(lambda: init_state(config)))
+    state, position = restore_run(found, jax.eval_shape(lambda: init_state(config)))
     return state, int(position["samples"])
 
 
@@ -181,10 +181,10 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
     """
     train_step = jax.jit(make_train_step(config), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(config))
-    checkpointer = Checkpointer(workdir, config)
-    state, samples = start_state(config, checkpointer, fresh=find_checkpoint(workdir, config) is None)
+    state, samples = start_state(config, find_checkpoint(workdir, config))
     batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
     offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
+    checkpointer = Checkpointer(workdir, config)  # writes; nothing above does
     write_config(workdir, config, MeshConfig(*mesh.devices.shape))
     sharding, rows = batch_sharding(config, mesh)
     batches = data.batches(
@@ -204,9 +204,9 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
     best, eval_loss = math.inf, None
     clock = time.perf_counter()
     with (
-        contextlib.closing(checkpointer),
         StopSignal() as stop,
-        Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start) as metrics,
+        contextlib.closing(checkpointer),
+        Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start, start_samples=samples) as metrics,
     ):
         for step, batch in enumerate(
             metrics.watch(data.global_batch(batch, sharding) for batch in batches), start=start + 1
@@ -226,7 +226,9 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
                 scores = None
                 if evaluating and not signal_number:
                     eval_loss = evaluate(config, mesh, eval_step, state.model, corpus, stop)
-                    if eval_loss is not None:
+                    if eval_loss is None:
+                        signal_number, saving = stop.number, True
+                    else:
                         metrics.evaluation(step, eval_loss)
                         scores = {"eval_loss": eval_loss}
                         saving |= config.checkpoint.keep_best > 0 and eval_loss < best

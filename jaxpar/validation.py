@@ -189,8 +189,8 @@ def _mesh_remedy(known: Mapping[str, int], devices: int) -> str:
     return f"use sizes whose product divides {devices}, {simulate}"
 
 
-def validate_mesh(config: Config, mesh: MeshConfig) -> None:
-    """Holds a config against a mesh: every sharded dimension must divide.
+def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) -> None:
+    """Holds a config against a mesh: every sharded dimension must divide; of the model, and if `training` of the batch.
 
     Raises:
       ConfigError: the first dimension that does not, with the sizes that do.
@@ -210,6 +210,8 @@ def validate_mesh(config: Config, mesh: MeshConfig) -> None:
                 f"vocab_size, or model.{name} in {_nearest_multiples(size, tensor)}"
             )
     _divisible("model.dim", model.dim, "mesh.fsdp", fsdp, why=" (weights are sharded along it)")
+    if not training:
+        return
     length = config.data.sequence_length
     _divisible("data.sequence_length", length, "mesh.sequence", mesh.sequence)
     if config.parallel.sequence_parallel and length % (mesh.sequence * tensor):

@@ -8,6 +8,7 @@ machine, with one microbatch and without sequence parallelism. Exits with 1 if a
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def print_report(report: dict[str, Any], mesh: MeshConfig) -> None:
     print(f"{verdict} within a relative error of {report['tolerance']:g}, in float32")
 
 
+def to_json(report: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: they become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(item) for name, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(report), indent=indent, allow_nan=False)
+
+
 def main(argv: list[str] | None = None) -> int:
     request = cli.parse(
         argv,
@@ -116,6 +128,11 @@ def main(argv: list[str] | None = None) -> int:
         json=cli.Option(None, "write the comparison as JSON to this file; - is standard output, and nothing else"),
         tolerance=cli.Option(TOLERANCE, "largest relative error that counts as equal"),
     )
+    output, tolerance = request.options["json"], request.options["tolerance"]
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"--tolerance={tolerance} must be finite and not negative (default: {TOLERANCE})")
+    if output != "-":
+        cli.check_output("json", output)
     config = in_float32(request.config)
     corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
@@ -136,14 +153,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     reference = run_batch(reference_config(config), make_mesh(MeshConfig(), jax.devices()[:1]), batch)
     result = run_batch(config, mesh, batch)
-    report = compare(result, reference, request.options["tolerance"])
-    output = request.options["json"]
+    report = compare(result, reference, tolerance)
     if output == "-":
-        print(json.dumps(report))
+        print(to_json(report))
     else:
         print_report(report, MeshConfig(*mesh.devices.shape))
         if output:
-            Path(output).write_text(json.dumps(report, indent=2) + "\n")
+            Path(output).write_text(to_json(report, indent=2) + "\n")
     return 0 if report["equal"] else 1
 
 
