@@ -152,10 +152,11 @@ def _read_json(directory: Path, item: str) -> dict[str, Any]:
 
 
 def _corrupt(directory: Path, reason: object) -> ConfigError:
-    steps = complete_steps(directory.parent)
+    # TensorStore explains a damaged array on 30 lines, of which the first says it
+    why = (str(reason).strip() or repr(reason)).splitlines()[0]
+    steps = _listed(complete_steps(directory.parent))
     return ConfigError(
-        f"cannot restore {directory}: {str(reason).strip()}; complete steps: {_listed(steps)}; delete this one to use "
-        "the one before"
+        f"cannot restore {directory}: {why}; complete steps: {steps}; delete this one to use the one before"
     )
 
 

@@ -239,7 +239,9 @@ def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:
             group = path.split(".")[0]
             lines.append(f"  {group}")
         choices = f"  ({' | '.join(CHOICES[path])})" if path in CHOICES else ""
-        lines.append(f"    --config.{path}={value_of(Config(), path)}{choices}")
+        default = value_of(Config(), path)
+        derived = path in ("model.kv_heads", "model.head_dim")
+        lines.append(f"    --config.{path}={'(derived)' if derived else default}{choices}")
     return "\n".join(lines)
 
 

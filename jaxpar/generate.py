@@ -28,7 +28,8 @@ from jaxpar.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """`temperature=0` takes the likeliest token; `top_k=0` considers all, `top_p` the likeliest of that total mass."""
+    """`temperature=0` takes the likeliest token; `top_k=0` considers all, `top_p` the likeliest of those that
+    together have this share of their mass."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -51,6 +52,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
     ordered_BV = -jnp.sort(-logits_BV, axis=-1)
     if 0 < sampling.top_k < logits_BV.shape[1]:
         logits_BV = jnp.where(logits_BV < ordered_BV[:, sampling.top_k - 1, None], -jnp.inf, logits_BV)
+        ordered_BV = ordered_BV.at[:, sampling.top_k :].set(-jnp.inf)
     if sampling.top_p < 1:
         mass_BV = jnp.cumsum(jax.nn.softmax(ordered_BV, axis=-1), axis=-1)
         last_B1 = jnp.sum(mass_BV < sampling.top_p, axis=-1, keepdims=True)

@@ -98,8 +98,9 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
     sizes = MeshConfig(*mesh.devices.shape)
     device = mesh.devices.flat[0]
     state = plan.state_bytes(config, sizes)
+    processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     lines = [
-        f"devices   {mesh.size} x {device.device_kind} on {jax.process_count()} host{"s" * (jax.process_count() > 1)}; mesh {sizes}",
+        f"devices   {mesh.size} x {device.device_kind}, {processes}; mesh {sizes}",
         f"model     {plan.parameter_count(config.model):,} parameters; a device holds "
         f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state",
         f"batch     {plan.describe_batch(config, sizes)}",
