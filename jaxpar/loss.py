@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpar.parallel import vocabulary
+from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules
 
 # B batch, S sequence, D model dim, V vocabulary, N tokens of one device, C tokens of one chunk.
@@ -49,7 +49,7 @@ def cross_entropy(
 
     Communication: w over fsdp (all-gather); x over tensor if the residual is sharded there (all-gather); two
     all-reduces over tensor a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
-    sequence parallelism all-reduce), dw over fsdp (reduce-scatter) and over the other batch axes (all-reduce).
+    sequence parallelism all-reduce), dw over fsdp (reduce-scatter); over the other batch axes it stays a partial sum.
     """
     return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
 
@@ -62,7 +62,7 @@ def _backward(rules, chunk, z_loss, gradients, cotangent: LossSums):
     del rules, chunk, z_loss
     scale = cotangent.objective
     dx_BSD, dw_DV = gradients
-    return (dx_BSD * scale).astype(dx_BSD.dtype), dw_DV * scale, None
+    return (dx_BSD * scale).astype(dx_BSD.dtype), reduce.scale_partial(dw_DV, scale), None
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -71,6 +71,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
     """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they are typed."""
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed_fsdp", "vocab")
+    dweight = rules.spec("embed_fsdp", "vocab", unreduced=vocabulary.deferred(w_DV))
     every_token_axis = rules.spec("batch", "seq")
     local = functools.partial(
         _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq
@@ -78,9 +79,9 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     sums, grads = jax.shard_map(
         local,
         in_specs=(residual, weight, every_token_axis),
-        out_specs=((every_token_axis,) * 2, (residual, weight) if gradients else None),
+        out_specs=((every_token_axis,) * 2, (residual, dweight) if gradients else None),
         check_vma=False,  # nothing is differentiated through it; that dw is summed is for the parity tests to show
-    )(x_BSD, w_DV, targets_BS)
+    )(x_BSD, vocabulary.as_stored(w_DV), targets_BS)
     ce, z = (jnp.sum(part) for part in sums)
     return LossSums(ce + z_loss * z, ce, z), grads
 

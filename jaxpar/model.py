@@ -92,7 +92,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         x32 = x_BSD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps)
-        return (x32 * inverse * self.scale[...]).astype(x_BSD.dtype)
+        # A contraction, not a product: only this lets the gradient of the scale stay a partial sum over the tokens.
+        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...]).astype(x_BSD.dtype)
 
 
 class Attention(nnx.Module):

@@ -14,6 +14,7 @@ from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer, schedule
+from jaxpar.parallel import reduce
 from jaxpar.sharding import Rules
 from jaxpar.tree import named_leaves
 
@@ -72,14 +73,17 @@ def loss_and_gradients(model: Llama, batch: Batch, config: Config) -> tuple[loss
     the batch is cut into microbatches or spread over devices.
     """
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
+    rules = model.layout.rules
+    entered = jax.tree.map(lambda w: reduce.enter_step(w, rules.batch + rules.residual_seq), model)
 
-    def add_microbatch(carry: tuple[loss.LossSums, Llama], microbatch: Batch) -> tuple[Any, None]:
-        gradients, sums = jax.grad(objective, has_aux=True)(model, microbatch, valid, config)
+    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
+        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid, config)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), None
 
     zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    start = (zero, jax.tree.map(jnp.zeros_like, model))
+    start = (zero, jax.tree.map(reduce.zero_gradient, entered))
     (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
+    gradients = jax.tree.map(reduce.leave_step, gradients, model)
     return loss.LossSums(*(part / valid for part in sums)), gradients
 
 

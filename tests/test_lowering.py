@@ -25,7 +25,7 @@ from jaxpar.validation import resolve, validate_mesh
 
 MODEL = dict(vocab_size=4096, dim=512, layers=3, heads=16, kv_heads=8, head_dim=32, ffn_dim=1024)
 LENGTH, SEQUENCES = 1024, 2
-BF16 = 2
+BF16, F32 = 2, 4
 SMALL = 64 * 1024
 """Bytes under which a collective is bookkeeping: loss sums, gradient norms, gradients of norm scales."""
 
@@ -150,29 +150,38 @@ def test_context_parallelism_gathers_keys_and_values():
     # forward, and again in the recomputation; their gradients return scattered
     assert total(found, "all-gather", "sequence") == kv * 2 * config.model.layers
     assert total(found, "reduce-scatter", "sequence") == kv * config.model.layers
-    assert total(found, "all-reduce", "sequence") == BF16 * (layers + ends), "weight gradients, once"
+    check_one_reduction(found, ("sequence",), layers + ends)
     assert {c.axes for c in found} == {("sequence",)}
 
 
-def test_data_only_reduces_gradients():
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_data_only_reduces_gradients(microbatches):
     sizes = MeshConfig(data=8)
-    config = make_config(sizes)
+    config = make_config(sizes, microbatches=microbatches)
     found = traffic(config, sizes)
-    layers, ends = weights(config)
-    assert {(c.kind, c.axes, c.dtype) for c in found} == {("all-reduce", ("data",), "bf16")}
-    assert total(found, "all-reduce", "data") == BF16 * (layers + ends)
+    assert {(c.kind, c.axes) for c in found} == {("all-reduce", ("data",))}
+    check_one_reduction(found, ("data",), sum(weights(config)))
 
 
-def test_axes_do_not_mix():
+def check_one_reduction(found: list[Collective], axes: tuple[str, ...], elements: int) -> None:
+    """The float32 gradients, once a step whatever the microbatches; norm scales and loss sums travel along."""
+    reductions = [c for c in found if c.kind == "all-reduce" and c.axes == axes]
+    assert {(c.dtype, c.count, c.depth) for c in reductions} == {("f32", 1, 0)}
+    assert 0 <= sum(c.bytes for c in reductions) - F32 * elements < SMALL
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_axes_do_not_mix(microbatches):
     sizes = MeshConfig(data=2, fsdp=2, tensor=2)
-    config = make_config(sizes)
+    config = make_config(sizes, microbatches=microbatches)
     found = traffic(config, sizes)
     layers, ends = weights(config)
-    assert total(found, "all-gather", "fsdp") == BF16 * (2 * layers + ends) // 2, "tensor halves what fsdp gathers"
+    per_microbatch = BF16 * (2 * layers + ends) // 2, BF16 * (layers + ends) // 2
+    assert total(found, "all-gather", "fsdp") == microbatches * per_microbatch[0], "tensor halves what fsdp gathers"
+    assert total(found, "reduce-scatter", "fsdp") == microbatches * per_microbatch[1]
     A = BF16 * SEQUENCES * LENGTH * MODEL["dim"]
-    assert total(found, "all-gather", "tensor") == A * (4 * config.model.layers + 2)
-    assert total(found, "reduce-scatter", "fsdp") == BF16 * (layers + ends) // 2
-    assert total(found, "all-reduce", "data") == BF16 * (layers + ends) // 4, "only what fsdp leaves of it"
+    assert total(found, "all-gather", "tensor") == microbatches * A * (4 * config.model.layers + 2)
+    check_one_reduction(found, ("data",), (layers + ends) // 4)
     assert {(c.kind, c.axes) for c in found} == {
         *(("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",)), ("all-reduce", ("data",))),
         *(("all-gather", ("tensor",)), ("reduce-scatter", ("tensor",))),

@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxpar.parallel.reduce import REPLICAS
 from jaxpar.sharding import Rules
 
 
@@ -31,9 +30,9 @@ def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules, dtype: jnp.d
 
     Communication: the table over fsdp (all-gather), the rows over tensor (reduce-scatter, or all-reduce without
     sequence parallelism). Backward: the gradient of the rows over tensor (all-gather with sequence parallelism), that
-    of the table over fsdp (reduce-scatter) and over the other axes of the tokens (all-reduce).
+    of the table over fsdp (reduce-scatter); over the other axes of the tokens it stays a partial sum.
     """
-    return _lookup_island(rules, dtype)(table_VD, tokens_BS)
+    return _lookup_island(rules, dtype)(as_stored(table_VD), tokens_BS)
 
 
 def _lookup_forward(table_VD, tokens_BS, rules, dtype):
@@ -45,7 +44,7 @@ def _lookup_backward(rules, dtype, residuals, dx_BSD):
     island = _manual(
         functools.partial(_lookup_gradient, vocabulary=table_VD.shape[0], shard_seq=_shards_sequence(rules)),
         in_specs=(rules.spec("batch", "residual_seq", "embed"), rules.spec("batch", "seq")),
-        out_specs=rules.spec("vocab", "embed_fsdp"),
+        out_specs=rules.spec("vocab", "embed_fsdp", unreduced=deferred(table_VD)),
     )
     return island(dx_BSD.astype(dtype), tokens_BS).astype(table_VD.dtype), None
 
@@ -73,8 +72,7 @@ def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int
     here_bs, row_bs = _held_here(tokens_bs, rows)
     dtable_vD = jnp.zeros((rows, dx_bSD.shape[-1]), jnp.float32)
     dtable_vD = dtable_vD.at[row_bs].add(jnp.where(here_bs[..., None], dx_bSD.astype(jnp.float32), 0))
-    dtable_vd = jax.lax.psum_scatter(dtable_vD.astype(dx_bsD.dtype), "fsdp", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(dtable_vd, REPLICAS)
+    return jax.lax.psum_scatter(dtable_vD.astype(dx_bsD.dtype), "fsdp", scatter_dimension=1, tiled=True)
 
 
 def _held_here(tokens_bs: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -86,6 +84,16 @@ def _held_here(tokens_bs: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 def _shards_sequence(rules: Rules) -> bool:
     return "tensor" in rules.residual_seq
+
+
+def as_stored(weight: jax.Array) -> jax.Array:
+    """An entered weight (`reduce.enter_step`) without its reduced axes, for a manual region. No communication."""
+    return jax.sharding.reshard(weight, jax.P(*jax.typeof(weight).sharding.spec.partitions))
+
+
+def deferred(weight: jax.Array) -> frozenset[str]:
+    """The axes over which the gradient of an entered weight is to stay a partial sum."""
+    return jax.typeof(weight).sharding.spec.reduced
 
 
 def _manual(local, *, in_specs, out_specs):
@@ -114,8 +122,8 @@ def gather_weight(w_dv: jax.Array) -> jax.Array:
 
 
 def scatter_weight(dw_Dv: jax.Array) -> jax.Array:
-    """The gradient of `gather_weight`: reduce-scatter over `fsdp`, all-reduce over the other axes of the tokens."""
-    return jax.lax.psum(jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True), REPLICAS)
+    """The gradient of `gather_weight`: reduce-scatter over `fsdp`; over the other axes of the tokens it stays partial."""
+    return jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True)
 
 
 def log_partition(logits_cv: jax.Array, target_c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
