@@ -122,7 +122,7 @@ def gather_weight(w_dv: jax.Array) -> jax.Array:
 
 
 def scatter_weight(dw_Dv: jax.Array) -> jax.Array:
-    """The gradient of `gather_weight`: reduce-scatter over `fsdp`; over the other axes of the tokens it stays partial."""
+    """The gradient of `gather_weight`: reduce-scatter over `fsdp`, partial over the other token axes."""
     return jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True)
 
 
