@@ -94,7 +94,8 @@ def _collective(
 ) -> Collective:
     parts = [(dtype, math.prod(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(result)]
     sizes = [ITEMSIZE[dtype] * n for dtype, n in parts]
-    if operation.endswith("-start") and kind != "all-reduce":  # (operands, results): keep the larger half
+    # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts give results alone.
+    if operation.endswith("-start") and (kind != "all-reduce" or result.startswith("((")):
         half = len(sizes) // 2
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
     else:
