@@ -106,25 +106,39 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """`params`: the master weights and the optimizer state. `compute`: matmuls, activations, travelling weights."""
+    """`params`: the master weights and the optimizer state. `compute`: matmuls, activations, travelling weights.
+    `grad_reduce`: in which gradients are summed over devices. `loss_scale`: the first scale of the loss, for `float16`;
+    it doubles after `loss_scale_growth_steps` finite steps and halves after one that is not."""
 
     params: str = "float32"
     compute: str = "bfloat16"
+    grad_reduce: str = "float32"
+    loss_scale: float = 0.0
+    loss_scale_growth_steps: int = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer."""
+    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer, `dots`
+    and `attention` lie between; or the names of the activations to keep, separated by commas. `offload`: names of
+    activations to keep in host memory, and `optimizer` for the optimizer state."""
 
     remat: str = "none"
+    offload: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over `tensor` along the
-    sequence (Megatron). Without it they are replicated over `tensor`."""
+    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`, in
+    every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded over
+    `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its causal work."""
 
     sequence_parallel: bool = True
+    gather: str = "per_layer"
+    optimizer_sharding: str = "none"
+    context: str = "all_gather"
+    zigzag: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

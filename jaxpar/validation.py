@@ -25,9 +25,12 @@ from jaxpar.config import (
 CHOICES = {
     "optimizer.name": ("adamw", "lion", "adafactor", "muon", "sgd"),
     "optimizer.schedule": ("cosine", "linear", "wsd", "constant"),
-    "precision.params": ("float32",),
-    "precision.compute": ("bfloat16", "float32"),
-    "memory.remat": ("none", "full"),
+    "precision.params": ("float32", "bfloat16"),
+    "precision.compute": ("bfloat16", "float32", "float16"),
+    "precision.grad_reduce": ("float32", "bfloat16"),
+    "parallel.gather": ("per_layer", "per_step"),
+    "parallel.optimizer_sharding": ("none", "data"),
+    "parallel.context": ("all_gather", "ring", "ulysses"),
     "attention.implementation": ("auto", "xla"),
     "data.shard_dtype": ("auto", "uint16", "uint32"),
 }
@@ -37,12 +40,12 @@ _POSITIVE = (
     "model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor "
     "model.rope_scaling.original_sequence_length model.norm_eps model.init_std data.sequence_length data.prefetch "
     "train.steps train.batch_size train.microbatches train.max_nonfinite_steps optimizer.learning_rate optimizer.eps "
-    "loss.chunk checkpoint.keep log.every"
+    "precision.loss_scale_growth_steps loss.chunk checkpoint.keep log.every"
 ).split()
 
 _NOT_NEGATIVE = (
     "train.seed train.eval_every train.eval_batches train.z_loss optimizer.warmup_steps optimizer.min_learning_rate "
-    "optimizer.weight_decay optimizer.clip_norm checkpoint.every checkpoint.keep_best"
+    "optimizer.weight_decay optimizer.clip_norm precision.loss_scale checkpoint.every checkpoint.keep_best"
 ).split()
 
 

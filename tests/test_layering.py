@@ -56,7 +56,7 @@ COLLECTIVES = {
 NO_JAX = ("config", "validation", "plan", "cli", "__init__", "__main__")
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 57
+OPTIONS = 65
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 LONGEST = 500
