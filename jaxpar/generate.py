@@ -20,9 +20,8 @@ from flax import nnx
 from jaxpar import cli
 from jaxpar.attention import TokenInfo
 from jaxpar.checkpoint import load_config, locate, restore_state
-from jaxpar.config import BATCH_AXES, Config, ConfigError
+from jaxpar.config import BATCH_AXES, Config, ConfigError, ParallelConfig
 from jaxpar.model import Cache, Llama
-from jaxpar.parallel import reduce
 from jaxpar.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,8 +67,7 @@ def next_logits(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.A
     positions = jax.sharding.reshard(positions, rules.spec("batch", "seq"))
     x_BSD, extended = model(tokens_BS, TokenInfo(positions, jnp.ones_like(positions)), cache)
     assert extended is not None
-    head_DV = reduce.gather(model.head_weight(), model.layout.dtype)
-    logits_BV = jnp.einsum("BD,DV->BV", x_BSD[:, -1], head_DV, preferred_element_type=jnp.float32)
+    logits_BV = jnp.einsum("BD,DV->BV", x_BSD[:, -1], model.head_weight(), preferred_element_type=jnp.float32)
     return jax.sharding.reshard(logits_BV, jax.P()), extended
 
 
@@ -99,7 +97,7 @@ def generate(
 
 def generation_config(saved: Config) -> Config:
     """The config of a run, for a forward pass over single tokens: the residual cannot be split along the sequence."""
-    return dataclasses.replace(saved, parallel=dataclasses.replace(saved.parallel, sequence_parallel=False))
+    return dataclasses.replace(saved, parallel=ParallelConfig(sequence_parallel=False))
 
 
 def load_model(directory: Path, config: Config) -> Llama:

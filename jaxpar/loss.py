@@ -38,7 +38,7 @@ def cross_entropy(
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
-      w_DV: head as stored, sharded (fsdp, tensor); gathered over fsdp in the dtype of `x_BSD`.
+      w_DV: head in the same dtype, gathered over fsdp, sharded over tensor.
       targets_BS: int32 next tokens, sharded (batch, seq); -1 has no loss.
       rules: the sharding table.
       chunk: tokens a device works on at a time.
@@ -47,9 +47,9 @@ def cross_entropy(
     Returns:
       `LossSums`; only `objective` has a gradient.
 
-    Communication: w over fsdp (all-gather); x over tensor if the residual is sharded there (all-gather); two
-    all-reduces over tensor a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
-    sequence parallelism all-reduce), dw over fsdp (reduce-scatter); over the other batch axes it stays a partial sum.
+    Communication: x over tensor if the residual is sharded there (all-gather); two all-reduces over tensor a chunk, of
+    C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without sequence parallelism all-reduce); dw
+    stays a partial sum over the tokens.
     """
     return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
 
@@ -70,8 +70,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
     """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they are typed."""
-    residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed_fsdp", "vocab")
-    dweight = rules.spec("embed_fsdp", "vocab", unreduced=vocabulary.deferred(w_DV))
+    residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
+    dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV))
     every_token_axis = rules.spec("batch", "seq")
     local = functools.partial(
         _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq
@@ -81,16 +81,15 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
         in_specs=(residual, weight, every_token_axis),
         out_specs=((every_token_axis,) * 2, (residual, dweight) if gradients else None),
         check_vma=False,  # nothing is differentiated through it; that dw is summed is for the parity tests to show
-    )(x_BSD, vocabulary.as_stored(w_DV), targets_BS)
+    )(x_BSD, vocabulary.as_plain(w_DV), targets_BS)
     ce, z = (jnp.sum(part) for part in sums)
     return LossSums(ce + z_loss * z, ce, z), grads
 
 
-def _local(x_bsD, w_dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, shard_seq: bool):
+def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, shard_seq: bool):
     """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks."""
     dtype = x_bsD.dtype
     x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
-    w_Dv = vocabulary.gather_weight(w_dv.astype(dtype))
     shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
     pad = -targets_bs.size % size
     x_CcD = jnp.pad(x_bSD.reshape(-1, dim), ((0, pad), (0, 0))).reshape(-1, size, dim)
@@ -120,4 +119,4 @@ def _local(x_bsD, w_dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
     dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
-    return sums, (dx_bsD, vocabulary.scatter_weight(dw_Dv.astype(dtype)).astype(w_dv.dtype))
+    return sums, (dx_bsD, dw_Dv.astype(dtype))

@@ -35,6 +35,8 @@ class Layout:
 
     rules: Rules
     dtype: jnp.dtype
+    sum_dtype: jnp.dtype
+    stored_dtype: jnp.dtype
     norm_eps: float
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
@@ -54,7 +56,7 @@ class Layout:
 
     def weight(self, parameter: nnx.Param) -> jax.Array:
         """One layer's weight, gathered over `fsdp` in the compute dtype."""
-        return reduce.gather(parameter[...], self.dtype)
+        return reduce.gather(parameter[...], self.dtype, self.sum_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,12 @@ class Initializer:
         return self.layout.rules.spec(*("layers",) * len(self.stack), *dims)
 
     def normal(self, shape: tuple[int, ...], *dims: str, scale: float = 1.0) -> nnx.Param:
-        """float32 normal with standard deviation `scale * config.init_std`."""
+        """Normal with standard deviation `scale * config.init_std`."""
         draw = jax.random.normal(self.rngs.params(), self.stack + shape, jnp.float32, out_sharding=self.spec(dims))
-        return nnx.Param(draw * (scale * self.config.init_std))
+        return nnx.Param((draw * (scale * self.config.init_std)).astype(self.layout.stored_dtype))
 
     def ones(self, size: int, dim: str) -> nnx.Param:
-        return nnx.Param(jnp.ones((*self.stack, size), jnp.float32, out_sharding=self.spec((dim,))))
+        return nnx.Param(jnp.ones((*self.stack, size), self.layout.stored_dtype, out_sharding=self.spec((dim,))))
 
 
 class RMSNorm(nnx.Module):
@@ -93,7 +95,7 @@ class RMSNorm(nnx.Module):
         x32 = x_BSD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps)
         # A contraction, not a product: only this lets the gradient of the scale stay a partial sum over the tokens.
-        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...]).astype(x_BSD.dtype)
+        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...].astype(jnp.float32)).astype(x_BSD.dtype)
 
 
 class Attention(nnx.Module):
@@ -163,8 +165,10 @@ class Llama(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         layout = Layout(
-            rules=Rules.make(sequence_parallel=config.parallel.sequence_parallel),
+            rules=Rules.make(config.parallel),
             dtype=jnp.dtype(config.precision.compute),
+            sum_dtype=jnp.dtype(config.precision.grad_reduce),
+            stored_dtype=jnp.dtype(config.precision.params),
             norm_eps=config.model.norm_eps,
         )
         new = Initializer(config.model, layout, rngs)
@@ -204,7 +208,7 @@ class Llama(nnx.Module):
 
         kept = ACTIVATIONS if self.remat == "none" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        x_BSD = vocabulary.lookup(self.embedding[...], tokens_BS, self.layout.rules, self.layout.dtype)
+        x_BSD = vocabulary.lookup(self.layout.weight(self.embedding), tokens_BS, self.layout.rules)
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
         x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv))
         if cache is not None:
@@ -212,8 +216,8 @@ class Llama(nnx.Module):
         return self.norm(x_BSD), cache
 
     def head_weight(self) -> jax.Array:
-        """[D, V], as stored: sharded (fsdp, tensor)."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+        """[D, V] in the compute dtype, gathered over fsdp, sharded over tensor."""
+        return self.layout.weight(self.embedding).T if self.head is None else self.layout.weight(self.head)
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxpar.config import AXES, BATCH_AXES, MeshConfig, nearest
+from jaxpar.config import AXES, BATCH_AXES, MeshConfig, ParallelConfig, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,18 @@ class Rules:
     microbatch: tuple[str, ...] = ()
 
     @classmethod
-    def make(cls, *, sequence_parallel: bool) -> "Rules":
-        """The table for a run; without sequence parallelism the residual is replicated over `tensor`."""
-        return cls() if sequence_parallel else cls(residual_seq=("sequence",))
+    def make(cls, parallel: ParallelConfig) -> "Rules":
+        """The table for a run: without sequence parallelism the residual is replicated over `tensor`; with ZeRO-1
+        what is stored is sharded over `data` too."""
+        return cls(
+            residual_seq=("sequence", "tensor") if parallel.sequence_parallel else ("sequence",),
+            embed_fsdp=("fsdp", "data") if parallel.optimizer_sharding == "data" else ("fsdp",),
+        )
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes over which the tokens of the residual are spread."""
+        return self.batch + self.residual_seq
 
     def spec(
         self, *names: str | None, reduced: Iterable[str] = (), unreduced: Iterable[str] = ()

@@ -47,8 +47,7 @@ Metrics = dict[str, Any]
 
 def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
     """The sharding of the arrays of a batch, [M, B, S]."""
-    rules = Rules.make(sequence_parallel=config.parallel.sequence_parallel)
-    return rules.spec("microbatch", "batch", "seq")
+    return Rules.make(config.parallel).spec("microbatch", "batch", "seq")
 
 
 def init_state(config: Config) -> TrainState:
@@ -73,18 +72,27 @@ def loss_and_gradients(model: Llama, batch: Batch, config: Config) -> tuple[loss
     the batch is cut into microbatches or spread over devices.
     """
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
-    rules = model.layout.rules
-    entered = jax.tree.map(lambda w: reduce.enter_step(w, rules.batch + rules.residual_seq), model)
+    entered = enter(model, config)
 
     def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
         gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid, config)
-        return jax.tree.map(jnp.add, carry, (sums, gradients)), None
+        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
 
     zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    start = (zero, jax.tree.map(reduce.zero_gradient, entered))
+    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, model.layout.sum_dtype), entered))
     (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     return loss.LossSums(*(part / valid for part in sums)), gradients
+
+
+def enter(model: Llama, config: Config) -> Any:
+    """The model as the microbatches of a step use it; see `reduce.enter_step`."""
+    layout, per_step = model.layout, config.parallel.gather == "per_step"
+
+    def enter_leaf(weight: jax.Array) -> jax.Array:
+        return reduce.enter_step(weight, layout.rules.token_axes, layout.dtype, gather_fsdp=per_step)
+
+    return jax.tree.map(enter_leaf, model)
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -137,8 +145,10 @@ def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, 
     """Builds the evaluation step: summed cross-entropy and number of valid tokens of one batch [M, B, S]."""
 
     def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        entered = enter(model, config)
+
         def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
-            _, sums = objective(model, microbatch, jnp.ones(()), config)
+            _, sums = objective(entered, microbatch, jnp.ones(()), config)
             return total + sums.cross_entropy, None
 
         total, _ = jax.lax.scan(add_microbatch, jnp.zeros((), jnp.float32), batch)

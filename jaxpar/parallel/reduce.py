@@ -1,14 +1,15 @@
 """Gathering weights and reducing their gradients: the `fsdp` and `data` axes.
 
-The transposes are the point. Under Explicit sharding the cotangent of an all-gather is a reduce-scatter, and the
-cotangent of an array that is `reduced` over an axis is `unreduced` over it: a sum still to be taken, until a `reshard`
-asks for it. So gradients can be added up over microbatches first and reduced once:
+The transposes are the point. Under Explicit sharding the cotangent of an array that is `reduced` over an axis is
+`unreduced` over it: a sum still to be taken, until a `reshard` asks for it. So gradients can be added up over
+microbatches first and reduced once:
 
-    entered = enter_step(weight, token_axes)   # before the microbatch loop
-    ...    gather(entered, dtype)              # in each layer
+    entered = enter_step(weight, ...)          # before the microbatch loop
+    ...    gather(entered, ...)                # in each layer
     leave_step(gradient, weight)               # after the loop: the one reduction
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -16,27 +17,55 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 
 
-def enter_step(weight: jax.Array, token_axes: Iterable[str]) -> jax.Array:
-    """The weight, typed so that its gradient stays a partial sum over each axis that spreads tokens but not the weight.
+def enter_step(weight: jax.Array, token_axes: Iterable[str], dtype: jnp.dtype, *, gather_fsdp: bool) -> jax.Array:
+    """The weight as the microbatches of a step use it.
+
+    It is gathered over `data` where it is stored sharded there (ZeRO-1), and over `fsdp` with `gather_fsdp`, in the
+    compute dtype; and it is typed so that its gradient stays a partial sum over every axis that spreads tokens but not
+    the weight.
 
     Args:
       weight: as stored, any rank.
       token_axes: the axes over which the tokens of the residual are spread.
+      dtype: compute dtype, of what travels.
+      gather_fsdp: gather once a step instead of in every layer.
 
-    Returns:
-      The same array, `reduced` over those axes. No communication.
+    Communication: at most one all-gather of the weight over these axes.
     """
     spec = jax.typeof(weight).sharding.spec
     if jax.sharding.get_abstract_mesh().size == 1:
         return weight  # nothing to sum; and jax cannot lower an unreduced result of a manual region here
-    return reshard(weight, PartitionSpec(*spec.partitions, reduced=set(token_axes) - _axes(spec)))
+    gathered = {"data", "fsdp"} if gather_fsdp else {"data"}
+    entries = [_without(entry, gathered) for entry in spec.partitions]
+    if entries != list(spec.partitions):
+        weight = weight.astype(dtype)
+    return reshard(weight, PartitionSpec(*entries, reduced=set(token_axes) - _axes(entries)))
 
 
-def zero_gradient(weight: jax.Array) -> jax.Array:
+def zero_gradient(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Where the gradients of microbatches are added up: zeros of the type of the gradient of an entered weight."""
     spec = jax.typeof(weight).sharding.spec
-    zeros = jnp.zeros(weight.shape, weight.dtype, out_sharding=PartitionSpec(*spec.partitions))
+    zeros = jnp.zeros(weight.shape, dtype, out_sharding=PartitionSpec(*spec.partitions))
     return reshard(zeros, PartitionSpec(*spec.partitions, unreduced=spec.reduced))
+
+
+def leave_step(gradient: jax.Array, weight: jax.Array) -> jax.Array:
+    """Takes the sums that `enter_step` left open, in the dtype of the gradient.
+
+    A reduce-scatter over the axes that shard the weight, then an all-reduce of what is left over the others. It takes
+    two steps to say so: a single one is compiled to an all-reduce of the whole over all of these axes.
+
+    Args:
+      gradient: of an entered weight.
+      weight: as stored.
+
+    Returns:
+      The gradient in the layout and dtype of `weight`.
+    """
+    stored = jax.typeof(weight).sharding.spec.partitions
+    still_open = jax.typeof(gradient).sharding.spec.unreduced - _axes(stored)
+    scattered = reshard(gradient, PartitionSpec(*stored, unreduced=still_open))
+    return reshard(scattered, PartitionSpec(*stored)).astype(weight.dtype)
 
 
 def scale_partial(gradient: jax.Array, scale: jax.Array) -> jax.Array:
@@ -44,45 +73,51 @@ def scale_partial(gradient: jax.Array, scale: jax.Array) -> jax.Array:
     return gradient * reshard(scale, PartitionSpec(reduced=jax.typeof(gradient).sharding.spec.unreduced))
 
 
-def leave_step(gradient: jax.Array, weight: jax.Array) -> jax.Array:
-    """Takes the sum that `enter_step` left open: one all-reduce over those axes, in the dtype of the gradient.
-
-    Args:
-      gradient: of an entered weight.
-      weight: as stored.
-    """
-    return reshard(gradient, jax.typeof(weight).sharding.spec)
-
-
-def gather(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """All-gathers one layer's weight over `fsdp`, in the dtype of the computation.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Array:
+    """All-gathers a weight over `fsdp`, in the dtype of the computation.
 
     The cast comes first, so the bytes on the wire are those of `dtype`. Forward: one all-gather over `fsdp`, repeated
-    in the backward pass, for its result is not kept. Backward: the gradient is reduce-scattered over `fsdp`.
+    in the backward pass, for its result is not kept. Backward: the gradient is reduce-scattered over `fsdp` in
+    `sum_dtype`. A weight that is not sharded over `fsdp` is only cast.
 
     Args:
       weight: stored or entered, any rank, sharded over `fsdp` on at most one dimension.
       dtype: compute dtype.
+      sum_dtype: dtype in which gradients are summed over devices.
 
     Returns:
       The weight in `dtype`, with `fsdp` gone from its sharding.
     """
     spec = jax.typeof(weight).sharding.spec
-    whole = (_without(entry, "fsdp") for entry in spec.partitions)
+    entries = [_without(entry, {"fsdp"}) for entry in spec.partitions]
     reduced = spec.reduced | {"fsdp"} if spec.reduced else spec.reduced
-    return reshard(weight.astype(dtype), PartitionSpec(*whole, reduced=reduced))
+    return reshard(weight.astype(dtype), PartitionSpec(*entries, reduced=reduced))
 
 
-def _axes(spec: PartitionSpec) -> set[str]:
-    return {
-        axis
-        for entry in spec.partitions
-        for axis in (entry if isinstance(entry, tuple) else (entry,))
-        if axis is not None
-    }
+def _gather_forward(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    return gather(weight, dtype, sum_dtype), weight  # of which the backward pass takes only the type
 
 
-def _without(entry: str | tuple[str, ...] | None, axis: str) -> str | tuple[str, ...] | None:
-    if isinstance(entry, tuple):
-        return tuple(name for name in entry if name != axis) or None
-    return None if entry == axis else entry
+def _gather_backward(
+    dtype: jnp.dtype, sum_dtype: jnp.dtype, weight: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del dtype
+    spec = jax.typeof(weight).sharding.spec
+    scattered = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    return (reshard(gradient.astype(sum_dtype), scattered).astype(weight.dtype),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+Entry = str | tuple[str, ...] | None
+
+
+def _axes(entries: Iterable[Entry]) -> set[str]:
+    return {axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None}
+
+
+def _without(entry: Entry, axes: set[str]) -> Entry:
+    left = tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis not in axes)
+    return left if len(left) > 1 else (left[0] if left else None)

@@ -1,7 +1,7 @@
 """The vocabulary sharded over `tensor`: embedding lookup, and the softmax statistics of the head.
 
 What reads `local block` runs inside a full-manual region; `lookup` makes its own. Suffixes of local blocks have small
-letters where a dimension is split: b, s (over sequence, and over tensor where the residual is), d (fsdp), v (tensor).
+letters where a dimension is split: b, s (over sequence, and over tensor where the residual is), v (tensor).
 """
 
 import functools
@@ -12,58 +12,53 @@ import jax.numpy as jnp
 from jaxpar.sharding import Rules
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules) -> jax.Array:
     """Rows of an embedding whose vocabulary lies on `tensor`.
 
     Every device looks up the tokens whose rows it holds; the sum over `tensor` has one term a token, so it is exact in
     any dtype. In the gradient the contributions of a frequent token add up in float32 before anything is rounded.
 
     Args:
-      table_VD: as stored, sharded (tensor, fsdp).
+      table_VD: gathered over fsdp, sharded over tensor.
       tokens_BS: int32, sharded (batch, sequence).
       rules: the sharding table.
-      dtype: of the result, and of what travels.
 
     Returns:
-      [B, S, D] in `dtype`, laid out as the residual.
+      [B, S, D] in the dtype of the table, laid out as the residual.
 
-    Communication: the table over fsdp (all-gather), the rows over tensor (reduce-scatter, or all-reduce without
-    sequence parallelism). Backward: the gradient of the rows over tensor (all-gather with sequence parallelism), that
-    of the table over fsdp (reduce-scatter); over the other axes of the tokens it stays a partial sum.
+    Communication: the rows over tensor (reduce-scatter, or all-reduce without sequence parallelism). Backward: their
+    gradient over tensor (all-gather with sequence parallelism). That of the table stays a partial sum over the tokens.
     """
-    return _lookup_island(rules, dtype)(as_stored(table_VD), tokens_BS)
 
-
-def _lookup_forward(table_VD, tokens_BS, rules, dtype):
-    return lookup(table_VD, tokens_BS, rules, dtype), (tokens_BS, table_VD)
-
-
-def _lookup_backward(rules, dtype, residuals, dx_BSD):
-    tokens_BS, table_VD = residuals
-    island = _manual(
-        functools.partial(_lookup_gradient, vocabulary=table_VD.shape[0], shard_seq=_shards_sequence(rules)),
-        in_specs=(rules.spec("batch", "residual_seq", "embed"), rules.spec("batch", "seq")),
-        out_specs=rules.spec("vocab", "embed_fsdp", unreduced=deferred(table_VD)),
-    )
-    return island(dx_BSD.astype(dtype), tokens_BS).astype(table_VD.dtype), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-def _lookup_island(rules: Rules, dtype: jnp.dtype):
-    def local(table_vd: jax.Array, tokens_bs: jax.Array) -> jax.Array:
-        table_vD = jax.lax.all_gather(table_vd.astype(dtype), "fsdp", axis=1, tiled=True)
+    def local(table_vD: jax.Array, tokens_bs: jax.Array) -> jax.Array:
         here_bs, row_bs = _held_here(tokens_bs, table_vD.shape[0])
         x_bsD = jnp.where(here_bs[..., None], table_vD[row_bs], 0)
         return scatter_tokens(x_bsD) if _shards_sequence(rules) else sum_tokens(x_bsD)
 
-    return _manual(
+    island = _manual(
         local,
-        in_specs=(rules.spec("vocab", "embed_fsdp"), rules.spec("batch", "seq")),
+        in_specs=(rules.spec("vocab", "embed"), rules.spec("batch", "seq")),
         out_specs=rules.spec("batch", "residual_seq", "embed"),
     )
+    return island(as_plain(table_VD), tokens_BS)
+
+
+def _lookup_forward(table_VD, tokens_BS, rules):
+    return lookup(table_VD, tokens_BS, rules), (tokens_BS, table_VD)  # of the table only the type is used
+
+
+def _lookup_backward(rules, residuals, dx_BSD):
+    tokens_BS, table_VD = residuals
+    island = _manual(
+        functools.partial(_lookup_gradient, vocabulary=table_VD.shape[0], shard_seq=_shards_sequence(rules)),
+        in_specs=(rules.spec("batch", "residual_seq", "embed"), rules.spec("batch", "seq")),
+        out_specs=rules.spec("vocab", "embed", unreduced=deferred(table_VD)),
+    )
+    return island(dx_BSD, tokens_BS), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int, shard_seq: bool) -> jax.Array:
@@ -72,7 +67,7 @@ def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int
     here_bs, row_bs = _held_here(tokens_bs, rows)
     dtable_vD = jnp.zeros((rows, dx_bSD.shape[-1]), jnp.float32)
     dtable_vD = dtable_vD.at[row_bs].add(jnp.where(here_bs[..., None], dx_bSD.astype(jnp.float32), 0))
-    return jax.lax.psum_scatter(dtable_vD.astype(dx_bsD.dtype), "fsdp", scatter_dimension=1, tiled=True)
+    return dtable_vD.astype(dx_bsD.dtype)
 
 
 def _held_here(tokens_bs: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +81,7 @@ def _shards_sequence(rules: Rules) -> bool:
     return "tensor" in rules.residual_seq
 
 
-def as_stored(weight: jax.Array) -> jax.Array:
+def as_plain(weight: jax.Array) -> jax.Array:
     """An entered weight (`reduce.enter_step`) without its reduced axes, for a manual region. No communication."""
     return jax.sharding.reshard(weight, jax.P(*jax.typeof(weight).sharding.spec.partitions))
 
@@ -114,16 +109,6 @@ def scatter_tokens(dx_bSD: jax.Array) -> jax.Array:
 def sum_tokens(dx_bSD: jax.Array) -> jax.Array:
     """Sums partial gradients over `tensor`. All-reduce of b*S*D."""
     return jax.lax.psum(dx_bSD, "tensor")
-
-
-def gather_weight(w_dv: jax.Array) -> jax.Array:
-    """[D/fsdp, V/tensor] -> [D, V/tensor]. All-gather over `fsdp`."""
-    return jax.lax.all_gather(w_dv, "fsdp", axis=0, tiled=True)
-
-
-def scatter_weight(dw_Dv: jax.Array) -> jax.Array:
-    """The gradient of `gather_weight`: reduce-scatter over `fsdp`, partial over the other token axes."""
-    return jax.lax.psum_scatter(dw_Dv, "fsdp", scatter_dimension=0, tiled=True)
 
 
 def log_partition(logits_cv: jax.Array, target_c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
