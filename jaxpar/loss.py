@@ -71,7 +71,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
     """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they are typed."""
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
-    dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV))
+    dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
     every_token_axis = rules.spec("batch", "seq")
     local = functools.partial(
         _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq

@@ -149,23 +149,26 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and their `total`.
 
-    Matrices and their optimizer state are sharded over `fsdp` and `tensor` and replicated over the other axes; norm
-    scales and Adafactor's row and column statistics are replicated. Gradients count in the precision of the
-    parameters. Step counters of a few bytes are left out.
+    Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data` too, and replicated
+    over the other axes; norm scales and Adafactor's row and column statistics are replicated. Gradients are those that
+    are added up over microbatches, in `precision.grad_reduce`. Step counters of a few bytes and weights that are
+    gathered once a step are left out.
     """
-    item = ITEMSIZE[config.precision.params]
-    shards = mesh.fsdp * mesh.tensor
-    parameters = optimizer = 0
+    item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
+    stored_shards = mesh.fsdp * mesh.tensor * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    gradient_shards = mesh.tensor * (mesh.fsdp if config.parallel.gather == "per_layer" else 1)
+    parameters = optimizer = gradients = 0
     for name, shape in parameter_shapes(config.model).items():
-        split = shards if _is_matrix(name) else 1
+        split, gradient_split = (stored_shards, gradient_shards) if _is_matrix(name) else (1, 1)
         parameters += item * math.prod(shape) // split
+        gradients += sum_item * math.prod(shape) // gradient_split
         sharded, replicated = _optimizer_elements(config.optimizer.name, name, shape)
         optimizer += item * (sharded // split + replicated)
     return {
         "parameters": parameters,
-        "gradients": parameters,
+        "gradients": gradients,
         "optimizer": optimizer,
-        "total": 2 * parameters + optimizer,
+        "total": parameters + gradients + optimizer,
     }
 
 

@@ -33,11 +33,14 @@ class Batch(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches consumed; `skipped` those whose update was dropped because it was not finite; `model` is a
-    `Llama` (Any, because optax's types do not know modules as pytrees)."""
+    """`step` counts batches consumed, `skipped` those whose update was dropped because it was not finite. `loss_scale`
+    is 1 but for float16; `since_scaled` counts updates since it changed. `model` is a `Llama` (Any, because optax's
+    types do not know modules as pytrees)."""
 
     step: jax.Array
     skipped: jax.Array
+    loss_scale: jax.Array
+    since_scaled: jax.Array
     model: Any
     optimizer: optax.OptState
 
@@ -53,7 +56,9 @@ def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
 def init_state(config: Config) -> TrainState:
     """The state before the first step: a function of `config` alone, whatever the mesh. Run it under `jax.jit`."""
     model: Any = Llama(config, nnx.Rngs(params=config.train.seed))
-    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), model, make_optimizer(config).init(model))
+    zero = jnp.zeros((), jnp.int32)
+    scale = jnp.float32(config.precision.loss_scale or 1)
+    return TrainState(zero, zero, scale, zero, model, make_optimizer(config).init(model))
 
 
 def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> tuple[jax.Array, loss.LossSums]:
@@ -65,23 +70,29 @@ def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> t
     return sums.objective / valid, sums
 
 
-def loss_and_gradients(model: Llama, batch: Batch, config: Config) -> tuple[loss.LossSums, Any]:
+def loss_and_gradients(
+    model: Llama, batch: Batch, config: Config, loss_scale: jax.Array | None = None
+) -> tuple[loss.LossSums, Any]:
     """Mean losses of a batch of M microbatches, and their gradient in the dtype and layout of the parameters.
 
     Sums over valid tokens are divided once, by their number in the whole batch, so the result does not depend on how
-    the batch is cut into microbatches or spread over devices.
+    the batch is cut into microbatches or spread over devices. With a `loss_scale` the gradients are computed scaled, so
+    that small ones survive in float16, and are divided by it at the end.
     """
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
+    scale = 1.0 if loss_scale is None else loss_scale
     entered = enter(model, config)
 
     def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
-        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid, config)
+        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid / scale, config)
         return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
 
     zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
     start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, model.layout.sum_dtype), entered))
     (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
+    if loss_scale is not None:
+        gradients = jax.tree.map(lambda g: g / loss_scale, gradients)
     return loss.LossSums(*(part / valid for part in sums)), gradients
 
 
@@ -104,9 +115,10 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     A loss or gradient that is not finite leaves parameters and optimizer as they were.
     """
     optimizer, rate = make_optimizer(config), schedule(config.optimizer, config.train.steps)
+    scaled = config.precision.loss_scale > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        losses, gradients = loss_and_gradients(state.model, batch, config)
+        losses, gradients = loss_and_gradients(state.model, batch, config, state.loss_scale if scaled else None)
         norms = gradient_norms(gradients)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(n)) for n in jax.tree.leaves(norms)))
         finite = jnp.isfinite(losses.objective) & jnp.isfinite(grad_norm)
@@ -118,6 +130,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             lambda new, old: jnp.where(finite, new, old), new, (state.model, state.optimizer)
         )
         skipped = state.skipped + jnp.where(finite, 0, 1)
+        loss_scale, since_scaled = (
+            _next_scale(state, finite, config) if scaled else (state.loss_scale, state.since_scaled)
+        )
         metrics = {
             "loss": losses.cross_entropy,
             "grad_norm": grad_norm,
@@ -125,10 +140,17 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "valid_tokens": loss.count_valid(batch.targets),
             "skipped": skipped,
             "gradient_norms": norms,
-        }
-        return TrainState(state.step + 1, skipped, model, optimizer_state), metrics
+        } | ({"loss_scale": state.loss_scale} if scaled else {})
+        return TrainState(state.step + 1, skipped, loss_scale, since_scaled, model, optimizer_state), metrics
 
     return train_step
+
+
+def _next_scale(state: TrainState, finite: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Dynamic loss scale (Micikevicius et al., 2018): halved when a gradient overflows, doubled after long without."""
+    grown = state.since_scaled + 1 >= config.precision.loss_scale_growth_steps
+    scale = jnp.where(finite, jnp.where(grown, state.loss_scale * 2, state.loss_scale), state.loss_scale / 2)
+    return jnp.clip(scale, 1, 2.0**24), jnp.where(finite & ~grown, state.since_scaled + 1, 0)
 
 
 def gradient_norms(gradients: Llama) -> dict[str, jax.Array]:

@@ -67,7 +67,8 @@ class Watchdog:
         if metrics is None:
             return
         skipped = int(metrics["skipped"])
-        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
+        searching = metrics.get("loss_scale", 1) > 1  # an overflow only says that the loss scale was too large
+        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped and not searching else 0
         self._skipped = skipped
         if self._in_a_row >= self._limit:
             raise NonFinite(_non_finite_report(step, self._in_a_row, metrics, self._windows(step)))

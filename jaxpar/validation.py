@@ -115,6 +115,13 @@ def _validate(config: Config) -> None:
             f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
     _divisible("train.batch_size", config.train.batch_size, "train.microbatches", config.train.microbatches)
+    scaled = config.precision.loss_scale > 0
+    if scaled != (config.precision.compute == "float16"):
+        raise ConfigError(
+            f"precision.compute={config.precision.compute} and precision.loss_scale={config.precision.loss_scale}: "
+            "float16 needs a loss scale and no other dtype takes one; use precision.loss_scale=65536 with float16, or "
+            "precision.compute=bfloat16 and precision.loss_scale=0"
+        )
 
 
 def _nearest_divisors(n: int, near: int, most: int = 6) -> str:
@@ -213,6 +220,12 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
                 f"vocab_size, or model.{name} in {_nearest_multiples(size, tensor)}"
             )
     _divisible("model.dim", model.dim, "mesh.fsdp", fsdp, why=" (weights are sharded along it)")
+    if config.parallel.optimizer_sharding == "data" and model.dim % (fsdp * mesh.data):
+        raise ConfigError(
+            f"model.dim={model.dim} is not divisible by mesh.fsdp x mesh.data = {fsdp * mesh.data}, over which "
+            "parallel.optimizer_sharding=data spreads it; use mesh.data in "
+            f"{_nearest_divisors(model.dim // fsdp, mesh.data)}"
+        )
     if not training:
         return
     length = config.data.sequence_length

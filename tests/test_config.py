@@ -144,7 +144,12 @@ class TestRules:
         text = message(resolved, **nested(path, "nonsense"))
         assert f"{path}='nonsense' is not one of {', '.join(CHOICES[path])}." in text
         for choice in CHOICES[path]:
-            resolved(**nested(path, choice))
+            scaled = dict(precision=dict(compute="float16", loss_scale=65536.0)) if choice == "float16" else {}
+            resolved(**(scaled or nested(path, choice)))
+
+    @pytest.mark.parametrize("precision", [dict(compute="float16"), dict(compute="bfloat16", loss_scale=8.0)])
+    def test_float16_and_a_loss_scale_belong_together(self, precision):
+        assert "float16 needs a loss scale" in message(resolved, precision=precision)
 
     def test_choices_name_the_nearest(self):
         assert "Did you mean adamw?" in message(resolved, optimizer=dict(name="adam"))
@@ -153,7 +158,8 @@ class TestRules:
         "path",
         """model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim model.ffn_dim
         model.rope_scaling.original_sequence_length data.sequence_length data.prefetch train.steps train.batch_size
-        train.microbatches train.max_nonfinite_steps loss.chunk checkpoint.keep log.every""".split(),
+        train.microbatches train.max_nonfinite_steps precision.loss_scale_growth_steps loss.chunk checkpoint.keep
+        log.every""".split(),
     )
     def test_positive_integers(self, path):
         text = message(resolved, **nested(path, 0))

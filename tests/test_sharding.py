@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxpar.config import AXES, MeshConfig
+from jaxpar.config import AXES, MeshConfig, ParallelConfig
 from jaxpar.sharding import Rules, arrange, axes_across_hosts, make_mesh
 
 
@@ -34,7 +34,7 @@ def test_spec_maps_names_to_axes():
     assert rules.spec("batch", "residual_seq", "embed")[1] == ("sequence", "tensor")
     assert rules.spec("layers", "embed_fsdp", "ffn") == jax.P(None, "fsdp", "tensor")
     assert rules.spec("batch", None) == jax.P(("data", "fsdp", "expert"), None)
-    assert Rules.make(sequence_parallel=False).spec("residual_seq") == jax.P("sequence")
+    assert Rules.make(ParallelConfig(sequence_parallel=False)).spec("residual_seq") == jax.P("sequence")
 
 
 def test_spec_carries_reductions():

@@ -115,9 +115,13 @@ Entry = str | tuple[str, ...] | None
 
 
 def _axes(entries: Iterable[Entry]) -> set[str]:
-    return {axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None}
+    return {axis for entry in entries for axis in _names(entry)}
+
+
+def _names(entry: Entry) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _without(entry: Entry, axes: set[str]) -> Entry:
-    left = tuple(axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis not in axes)
+    left = tuple(axis for axis in _names(entry) if axis not in axes)
     return left if len(left) > 1 else (left[0] if left else None)

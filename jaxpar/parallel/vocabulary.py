@@ -87,8 +87,15 @@ def as_plain(weight: jax.Array) -> jax.Array:
 
 
 def deferred(weight: jax.Array) -> frozenset[str]:
-    """The axes over which the gradient of an entered weight is to stay a partial sum."""
-    return jax.typeof(weight).sharding.spec.reduced
+    """The axes over which the gradient of an entered weight is to stay a partial sum.
+
+    Raises:
+      ValueError: the weight was not entered, so nobody would take the sum.
+    """
+    reduced = jax.typeof(weight).sharding.spec.reduced
+    if not reduced and jax.sharding.get_abstract_mesh().size > 1:
+        raise ValueError(f"{jax.typeof(weight)} needs reduce.enter_step before it is differentiated")
+    return reduced
 
 
 def _manual(local, *, in_specs, out_specs):
