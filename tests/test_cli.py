@@ -184,6 +184,7 @@ MAY_BE_0 = {
     "optimizer.beta1",
     "optimizer.beta2",
     "optimizer.clip_norm",
+    "precision.loss_scale",
     "checkpoint.every",
     "checkpoint.keep_best",
 }

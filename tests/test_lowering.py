@@ -37,14 +37,15 @@ def h100s():
     return topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x8").devices
 
 
-def make_config(mesh: MeshConfig, *, microbatches=1, remat="none", sequence_parallel=True, **model) -> Config:
+def make_config(mesh: MeshConfig, *, microbatches=1, remat="none", precision=None, model=None, **parallel) -> Config:
     config = resolve(
         configure(
-            model=dict(MODEL, **model),
+            model=dict(MODEL, **(model or {})),
+            precision=precision or {},
             data=dict(sequence_length=LENGTH),
             train=dict(batch_size=SEQUENCES * microbatches * mesh.batch_shards, microbatches=microbatches),
             memory=dict(remat=remat),
-            parallel=dict(sequence_parallel=sequence_parallel),
+            parallel=parallel,
         )
     )
     validate_mesh(config, mesh)
@@ -101,11 +102,11 @@ def test_fsdp_gathers_each_layer_inside_the_layer_loop_in_bf16(remat):
     layers, ends = weights(config)
     assert {(c.kind, c.axes, c.dtype) for c in found} == {
         ("all-gather", ("fsdp",), "bf16"),
-        ("reduce-scatter", ("fsdp",), "bf16"),
+        ("reduce-scatter", ("fsdp",), "f32"),
     }
     # forward and backward gather every layer, and once embedding and head; the gradients return once
     assert total(found, "all-gather", "fsdp") == BF16 * (2 * layers + ends)
-    assert total(found, "reduce-scatter", "fsdp") == BF16 * (layers + ends)
+    assert total(found, "reduce-scatter", "fsdp") == F32 * (layers + ends)
     in_layers = [c for c in found if c.depth == max(c.depth for c in found)]
     assert {c.count for c in in_layers} == {config.model.layers}
     assert sum(c.bytes * c.count for c in in_layers if c.kind == "all-gather") == BF16 * 2 * layers
@@ -170,13 +171,39 @@ def check_one_reduction(found: list[Collective], axes: tuple[str, ...], elements
     assert 0 <= sum(c.bytes for c in reductions) - F32 * elements < SMALL
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize(
+    ("sizes", "axis", "parallel"),
+    [(MeshConfig(data=8), "data", "optimizer_sharding=data"), (MeshConfig(fsdp=8), "fsdp", "gather=per_step")],
+    ids=["ZeRO-1", "fsdp per step"],
+)
+def test_one_gather_and_one_scatter_a_step(sizes, axis, parallel, microbatches):
+    config = make_config(sizes, microbatches=microbatches, **dict([parallel.split("=")]))
+    found = traffic(config, sizes)
+    assert {(c.kind, c.axes, c.dtype, c.count, c.depth) for c in found} == {
+        ("all-gather", (axis,), "bf16", 1, 0),
+        ("reduce-scatter", (axis,), "f32", 1, 0),
+    }
+    assert total(found, "all-gather", axis) == BF16 * sum(weights(config))
+    assert total(found, "reduce-scatter", axis) == F32 * sum(weights(config))
+
+
+def test_gradients_are_reduced_in_the_dtype_that_is_asked_for():
+    sizes = MeshConfig(data=2, fsdp=4)
+    config = make_config(sizes, precision=dict(grad_reduce="bfloat16"))
+    found = traffic(config, sizes)
+    reductions = {(c.kind, c.axes, c.dtype) for c in found if c.kind != "all-gather"}
+    assert reductions == {("reduce-scatter", ("fsdp",), "bf16"), ("all-reduce", ("data",), "bf16")}
+    assert total(found, "reduce-scatter", "fsdp") == BF16 * sum(weights(config))
+
+
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_axes_do_not_mix(microbatches):
     sizes = MeshConfig(data=2, fsdp=2, tensor=2)
     config = make_config(sizes, microbatches=microbatches)
     found = traffic(config, sizes)
     layers, ends = weights(config)
-    per_microbatch = BF16 * (2 * layers + ends) // 2, BF16 * (layers + ends) // 2
+    per_microbatch = BF16 * (2 * layers + ends) // 2, F32 * (layers + ends) // 2
     assert total(found, "all-gather", "fsdp") == microbatches * per_microbatch[0], "tensor halves what fsdp gathers"
     assert total(found, "reduce-scatter", "fsdp") == microbatches * per_microbatch[1]
     A = BF16 * SEQUENCES * LENGTH * MODEL["dim"]
@@ -192,7 +219,7 @@ def test_axes_do_not_mix(microbatches):
 @pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
 def test_logits_of_the_batch_never_exist(sizes, devices):
     """The largest array with a vocabulary dimension in float32 is one chunk of one device, or the weight's gradient."""
-    config = make_config(sizes, vocab_size=8192)
+    config = make_config(sizes, model=dict(vocab_size=8192))
     compiled, _ = compile_step(config, sizes, devices)
     columns = config.model.vocab_size // sizes.tensor
     tokens = SEQUENCES * LENGTH // sizes.sequence
@@ -205,7 +232,7 @@ def test_logits_of_the_batch_never_exist(sizes, devices):
 @pytest.mark.parametrize("devices", ["cpu", "gpu"])
 @pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
 def test_donation_is_complete(sizes, devices):
-    config = make_config(sizes, vocab_size=8192)
+    config = make_config(sizes, model=dict(vocab_size=8192))
     compiled, mesh = compile_step(config, sizes, devices)
     leaves = jax.tree.leaves(abstract_state(config, mesh))
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

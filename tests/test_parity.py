@@ -92,6 +92,23 @@ def test_mesh_of_eight(text, sizes, variant):
     check(make_config(text, sequence_parallel=sequence_parallel, tied=tied, microbatches=microbatches), sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "groups"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), dict(gather="per_step"), dict(train=dict(microbatches=4))),
+        (dict(data=4, tensor=2), dict(optimizer_sharding="data"), dict(train=dict(microbatches=2))),
+        (
+            dict(data=2, fsdp=2, sequence=2),
+            dict(optimizer_sharding="data", gather="per_step"),
+            dict(memory=dict(remat="full"), model=dict(MODEL, tie_embeddings=True, init_std=0.1)),
+        ),
+    ],
+    ids=["per step", "ZeRO-1", "ZeRO-1 and per step, tied"],
+)
+def test_weights_gathered_elsewhere(text, sizes, parallel, groups):
+    check(make_config(text, parallel=parallel, **groups), sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("sizes", ALL_MESHES, ids=lambda sizes: "-".join(map(str, sizes.values())))
