@@ -98,8 +98,9 @@ def generate(
 
 
 def generation_config(saved: Config) -> Config:
-    """The config of a run, for a forward pass over single tokens: the residual cannot be split along the sequence."""
-    return dataclasses.replace(saved, parallel=dataclasses.replace(saved.parallel, sequence_parallel=False))
+    """The config of a run, for a forward pass over single tokens: nothing can be split along the sequence."""
+    parallel = dataclasses.replace(saved.parallel, sequence_parallel=False, context="all_gather", zigzag=False)
+    return dataclasses.replace(saved, parallel=parallel)
 
 
 def load_model(directory: Path, config: Config) -> Llama:

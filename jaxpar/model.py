@@ -22,7 +22,7 @@ from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules
 
 ACTIVATIONS = (
-    *("attention_input", "query", "key", "value", "attention", "attention_output"),
+    *("attention_input", "query", "key", "value", "attention", "attention_lse", "attention_output"),
     *("mlp_input", "gate", "up"),
 )
 """What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are cheap, the
@@ -36,6 +36,7 @@ class Layout:
     rules: Rules
     dtype: jnp.dtype
     norm_eps: float
+    context: str
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
@@ -120,8 +121,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules)
-        out_BSD = layout.leave("BSHK,HKD->BSD", keep(o_BSHK, "attention"), layout.weight(self.out))
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.context)
+        out_BSD = layout.leave("BSHK,HKD->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
 
@@ -166,6 +167,7 @@ class Llama(nnx.Module):
             rules=Rules.make(sequence_parallel=config.parallel.sequence_parallel),
             dtype=jnp.dtype(config.precision.compute),
             norm_eps=config.model.norm_eps,
+            context=config.parallel.context,
         )
         new = Initializer(config.model, layout, rngs)
         self.embedding = new.normal((config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp")

@@ -41,7 +41,7 @@ def reference_config(config: Config) -> Config:
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, microbatches=1),
-        parallel=dataclasses.replace(config.parallel, sequence_parallel=False),
+        parallel=dataclasses.replace(config.parallel, sequence_parallel=False, context="all_gather", zigzag=False),
         memory=dataclasses.replace(config.memory, remat="none"),
     )
 
