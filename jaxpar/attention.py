@@ -52,7 +52,7 @@ def attend(
     if kind == "ring":
         return _ring(q_BSHK, k_BTGK, v_BTGK, queries, keys, rules)
     island = jax.shard_map(
-        {"all_gather": _all_gathered}[kind],
+        {"all_gather": _all_gathered, "ulysses": _exchanged}[kind],
         in_specs=_in_specs(rules),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
     )
@@ -77,6 +77,18 @@ def _all_gathered(
     return _softmax_attention(
         q_BSHK, context.all_gather_tokens(k_BTGK), context.all_gather_tokens(v_BTGK), queries, keys
     )
+
+
+def _exchanged(
+    q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, queries: TokenInfo, keys: TokenInfo
+) -> jax.Array:
+    """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so where remat keeps
+    something it keeps them, and the exchange is not repeated."""
+    del queries  # here they are as whole as the keys, and the same tokens
+    q_BSHK = keep(context.tokens_to_heads(q_BSHK), "query")
+    k_BSGK = keep(context.tokens_to_heads(k_BSGK), "key")
+    v_BSGK = keep(context.tokens_to_heads(v_BSGK), "value")
+    return context.heads_to_tokens(_softmax_attention(q_BSHK, k_BSGK, v_BSGK, keys, keys))
 
 
 @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them

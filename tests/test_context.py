@@ -16,6 +16,8 @@ def context_config(text, kind, zigzag=False, **groups):  # noqa: F811
     [
         ("ring", dict(sequence=8), "none"),
         ("ring", dict(data=2, sequence=2, tensor=2), "full"),
+        ("ulysses", dict(sequence=8), "none"),
+        ("ulysses", dict(data=2, sequence=2, tensor=2), "full"),
     ],
     ids=str,
 )

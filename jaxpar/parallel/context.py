@@ -39,6 +39,26 @@ def all_gather_tokens(x: jax.Array, axis: str = "sequence") -> jax.Array:
     return jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
+def tokens_to_heads(x: jax.Array, axis: str = "sequence") -> jax.Array:
+    """All tokens of some heads, from some tokens of all heads (Ulysses; Jacobs et al., 2023).
+
+    Contiguous heads stay together, so query heads arrive where their key-value head does. Forward and backward: one
+    all-to-all of `x.nbytes`, of which (n - 1) / n leave the device.
+
+    Args:
+      x: local block, [B, S / n, H, K]; n divides H.
+
+    Returns:
+      [B, S, H / n, K], tokens in the order of the axis.
+    """
+    return jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+
+
+def heads_to_tokens(x: jax.Array, axis: str = "sequence") -> jax.Array:
+    """The inverse of `tokens_to_heads`, at the same cost."""
+    return jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
+
+
 # Ring attention (Liu et al., 2023): keys and values go round, the softmax is put together as they come by.
 
 
@@ -164,7 +184,7 @@ def ring_gradient(
         dq_n, here = visit(c - 1, kv, dq_n)
         dkv = _pass_on(add(dkv, here), axis)
     dq_bsHK = _whole(dq_n, dim=1).reshape(q_bsHK.shape).astype(q_bsHK.dtype)
-    return dq_bsHK, *dkv
+    return dq_bsHK, dkv[0], dkv[1]
 
 
 def _pass_on(tree: Any, axis: str) -> Any:
