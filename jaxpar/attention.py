@@ -104,15 +104,15 @@ def _ring(q_BSHK, k_BSGK, v_BSGK, queries: TokenInfo, keys: TokenInfo, rules: Ru
 
 
 def _ring_forward(q_BSHK, k_BSGK, v_BSGK, queries, keys, rules):
-    """What remat may keep is named here, where the residuals are: a name given to the result outside would be that of a
-    second copy, and the ring would run again for the first."""
+    """Remat keeps the log-sum-exp with the result, for without both the ring runs again. They are named here because
+    here they are residuals: a name given to the result outside would be that of a second copy."""
     island = _spelt_out(
         functools.partial(context.ring, sees=sees),
         in_specs=_in_specs(rules),
         out_specs=(rules.spec("batch", "seq", "heads", "head_dim"), rules.spec("batch", "heads", "seq")),
     )
     o_BSHK, lse_BHS = island(q_BSHK, k_BSGK, v_BSGK, queries, keys)
-    o_BSHK, lse_BHS = keep(o_BSHK, "attention"), keep(lse_BHS, "attention_lse")
+    o_BSHK, lse_BHS = keep(o_BSHK, "attention"), keep(lse_BHS, "attention")
     return o_BSHK, (q_BSHK, k_BSGK, v_BSGK, queries, keys, o_BSHK, lse_BHS)
 
 

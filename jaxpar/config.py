@@ -119,9 +119,9 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer, `dots`
-    and `attention` lie between; or the names of the activations to keep, separated by commas. `offload`: names of
-    activations to keep in host memory, and `optimizer` for the optimizer state."""
+    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer;
+    `dots` and `attention` lie between; or the names of the activations to keep, separated by commas. `offload`: names
+    of activations to keep in host memory, and `optimizer` for the optimizer state."""
 
     remat: str = "none"
     offload: str = ""
@@ -130,9 +130,9 @@ class MemoryConfig:
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over `tensor` along the
-    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`, in
-    every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded over
-    `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its causal work."""
+    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`,
+    in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
+    over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"

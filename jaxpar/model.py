@@ -22,7 +22,7 @@ from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules
 
 ACTIVATIONS = (
-    *("attention_input", "query", "key", "value", "attention", "attention_lse", "attention_output"),
+    *("attention_input", "query", "key", "value", "attention", "attention_output"),
     *("mlp_input", "gate", "up"),
 )
 """What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are cheap, the

@@ -90,6 +90,9 @@ def ring(
     block that is here, and needs none of its results. Memory: the float32 scores of H x tile x tile.
     """
     c = jax.lax.axis_size(axis)
+    # Masks are the same in every layer, so the scan over layers would make those of all pairs of tiles ahead of it and
+    # hold them: S * S / c bytes and more. Tied to this layer's queries they are not.
+    q_bsHK, queries, keys = jax.lax.optimization_barrier((q_bsHK, queries, keys))
     q_nbqGRK, queries_n = _query_tiles(q_bsHK, k_bsGK.shape[2]), jax.tree.map(_tiles, queries)
     n, b, q, G, R, K = q_nbqGRK.shape
 
