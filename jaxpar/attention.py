@@ -4,9 +4,11 @@ Masks come from positions and segment ids alone, never from an offset, so packed
 and a key-value cache all use the same rule: a query sees the keys of its own segment up to its own position.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name as keep
 
 from jaxpar.parallel import context
 from jaxpar.sharding import Rules
@@ -28,6 +30,7 @@ def attend(
     queries: TokenInfo,
     keys: TokenInfo,
     rules: Rules,
+    kind: str,
 ) -> jax.Array:
     """Causal grouped-query attention within segments.
 
@@ -37,27 +40,38 @@ def attend(
       queries: positions and segments of the queries, sharded (batch, seq).
       keys: the same of the keys, sharded over batch only: they are needed whole, and are the same in every layer.
       rules: the sharding table.
+      kind: of context parallelism: all_gather, ring or ulysses. The last two are self-attention: T is S.
 
     Returns:
-      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are.
+      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are. It bears the name `attention` for remat.
 
-    Communication: an all-gather of k and v over `sequence`; in the backward pass a reduce-scatter of their gradients.
+    Communication, over `sequence`: all_gather: an all-gather of k and v; in the backward pass a reduce-scatter of
+    their gradients. ring and ulysses: see `context.ring`, `context.ring_gradient` and `context.tokens_to_heads`.
     """
+    assert kind == "all_gather" or q_BSHK.shape[1] == k_BTGK.shape[1], "a cache is read with all_gather"
+    if kind == "ring":
+        return _ring(q_BSHK, k_BTGK, v_BTGK, queries, keys, rules)
     island = jax.shard_map(
-        _attend_local,
-        in_specs=(
-            rules.spec("batch", "seq", "heads", "head_dim"),
-            rules.spec("batch", "seq", "kv_heads", "head_dim"),
-            rules.spec("batch", "seq", "kv_heads", "head_dim"),
-            rules.spec("batch", "seq"),
-            rules.spec("batch", None),
-        ),
+        {"all_gather": _all_gathered, "ulysses": _exchanged}[kind],
+        in_specs=_in_specs(rules),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
     )
-    return island(q_BSHK, k_BTGK, v_BTGK, queries, keys)
+    return keep(island(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
 
 
-def _attend_local(
+def sees(queries: TokenInfo, keys: TokenInfo) -> jax.Array:
+    """The one rule of visibility: tokens [B, S] and [B, T] -> bool [B, S, T]."""
+    return (queries.segments[:, :, None] == keys.segments[:, None, :]) & (
+        queries.positions[:, :, None] >= keys.positions[:, None, :]
+    )
+
+
+def _in_specs(rules: Rules) -> tuple:
+    q, kv = (rules.spec("batch", "seq", heads, "head_dim") for heads in ("heads", "kv_heads"))
+    return q, kv, kv, rules.spec("batch", "seq"), rules.spec("batch", None)
+
+
+def _all_gathered(
     q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
 ) -> jax.Array:
     return _softmax_attention(
@@ -65,11 +79,56 @@ def _attend_local(
     )
 
 
+def _exchanged(
+    q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, queries: TokenInfo, keys: TokenInfo
+) -> jax.Array:
+    """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so where remat keeps
+    something it keeps them, and the exchange is not repeated."""
+    del queries  # here they are as whole as the keys, and the same tokens
+    q_BSHK = keep(context.tokens_to_heads(q_BSHK), "query")
+    k_BSGK = keep(context.tokens_to_heads(k_BSGK), "key")
+    v_BSGK = keep(context.tokens_to_heads(v_BSGK), "value")
+    return context.heads_to_tokens(_softmax_attention(q_BSHK, k_BSGK, v_BSGK, keys, keys))
+
+
 @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
 def _softmax_attention(
     q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
 ) -> jax.Array:
-    mask_BST = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (
-        queries.positions[:, :, None] >= keys.positions[:, None, :]
+    return jax.nn.dot_product_attention(q_BSHK, k_BTGK, v_BTGK, mask=sees(queries, keys)[:, None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ring(q_BSHK, k_BSGK, v_BSGK, queries: TokenInfo, keys: TokenInfo, rules: Rules) -> jax.Array:
+    return _ring_forward(q_BSHK, k_BSGK, v_BSGK, queries, keys, rules)[0]
+
+
+def _ring_forward(q_BSHK, k_BSGK, v_BSGK, queries, keys, rules):
+    """Remat keeps the log-sum-exp with the result, for without both the ring runs again. They are named here because
+    here they are residuals: a name given to the result outside would be that of a second copy."""
+    island = _spelt_out(
+        functools.partial(context.ring, sees=sees),
+        in_specs=_in_specs(rules),
+        out_specs=(rules.spec("batch", "seq", "heads", "head_dim"), rules.spec("batch", "heads", "seq")),
     )
-    return jax.nn.dot_product_attention(q_BSHK, k_BTGK, v_BTGK, mask=mask_BST[:, None])
+    o_BSHK, lse_BHS = island(q_BSHK, k_BSGK, v_BSGK, queries, keys)
+    o_BSHK, lse_BHS = keep(o_BSHK, "attention"), keep(lse_BHS, "attention")
+    return o_BSHK, (q_BSHK, k_BSGK, v_BSGK, queries, keys, o_BSHK, lse_BHS)
+
+
+def _ring_backward(rules: Rules, residuals: Any, do_BSHK: jax.Array):
+    q, kv, _, _, _ = specs = _in_specs(rules)
+    island = _spelt_out(
+        functools.partial(context.ring_gradient, sees=sees),
+        in_specs=(*specs, q, rules.spec("batch", "heads", "seq"), q),
+        out_specs=(q, kv, kv),
+    )
+    return *island(*residuals, do_BSHK), None, None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _spelt_out(local, *, in_specs, out_specs):
+    """A full-manual region through which nothing is differentiated: both directions spell out their communication."""
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)  # see above

@@ -38,6 +38,7 @@ class Layout:
     sum_dtype: jnp.dtype
     stored_dtype: jnp.dtype
     norm_eps: float
+    context: str
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
@@ -122,8 +123,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules)
-        out_BSD = layout.leave("BSHK,HKD->BSD", keep(o_BSHK, "attention"), layout.weight(self.out))
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.context)
+        out_BSD = layout.leave("BSHK,HKD->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
 
@@ -170,6 +171,7 @@ class Llama(nnx.Module):
             sum_dtype=jnp.dtype(config.precision.grad_reduce),
             stored_dtype=jnp.dtype(config.precision.params),
             norm_eps=config.model.norm_eps,
+            context=config.parallel.context,
         )
         new = Initializer(config.model, layout, rngs)
         self.embedding = new.normal((config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp")

@@ -138,7 +138,7 @@ def evaluate(
     )
     sums = []
     for batch in batches:
-        sums.append(eval_step(model, data.global_batch(batch, sharding)))
+        sums.append(eval_step(model, data.global_batch(batch, sharding, zigzag=config.parallel.zigzag)))
         if stop.number and jax.process_count() == 1:
             return None
     losses, tokens = zip(*jax.device_get(sums), strict=True)
@@ -211,7 +211,8 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start, start_samples=samples) as metrics,
     ):
         for step, batch in enumerate(
-            metrics.watch(data.global_batch(batch, sharding) for batch in batches), start=start + 1
+            metrics.watch(data.global_batch(batch, sharding, zigzag=config.parallel.zigzag) for batch in batches),
+            start=start + 1,
         ):
             state, values = train_step(state, batch)
             watchdog.check(step - 1, metrics.step(step, values))

@@ -122,6 +122,11 @@ def _validate(config: Config) -> None:
             "float16 needs a loss scale and no other dtype takes one; use precision.loss_scale=65536 with float16, or "
             "precision.compute=bfloat16 and precision.loss_scale=0"
         )
+    if config.parallel.zigzag and config.parallel.context == "ulysses":
+        raise ConfigError(
+            "parallel.zigzag=True balances causal work between tokens, but with parallel.context=ulysses every device "
+            "has all of them; use parallel.zigzag=false, or parallel.context=ring"
+        )
 
 
 def _nearest_divisors(n: int, near: int, most: int = 6) -> str:
@@ -236,6 +241,7 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
             f", which sequence_parallel needs; use data.sequence_length in "
             f"{_nearest_multiples(length, mesh.sequence * tensor)}, or --config.parallel.sequence_parallel=false"
         )
+    _validate_context(config, mesh)
     train = config.train
     whole = train.microbatches * mesh.batch_shards
     if train.batch_size % whole:
@@ -248,3 +254,27 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
             f"{_nearest_multiples(train.batch_size, whole)}, or data x fsdp x expert in "
             f"{_nearest_divisors(per_microbatch, mesh.batch_shards)}"
         )
+
+
+def _validate_context(config: Config, mesh: MeshConfig) -> None:
+    """The two rules of context parallelism besides that tokens divide: zigzag's halves, and the heads of Ulysses."""
+    model, length, sequence, tensor = config.model, config.data.sequence_length, mesh.sequence, mesh.tensor
+    if config.parallel.zigzag and sequence > 1 and length % (2 * sequence):
+        unit = math.lcm(2 * sequence, sequence * tensor if config.parallel.sequence_parallel else 1)
+        raise ConfigError(
+            f"data.sequence_length={length} is not divisible by 2 x mesh.sequence = {2 * sequence}, which "
+            "parallel.zigzag needs (every device gets an early and a late chunk); use data.sequence_length in "
+            f"{_nearest_multiples(length, unit)}, or parallel.zigzag=false"
+        )
+    if config.parallel.context != "ulysses":
+        return
+    for name in ("heads", "kv_heads"):
+        heads = getattr(model, name)
+        if heads // tensor % sequence:
+            legal = math.gcd(model.heads, model.kv_heads) // tensor
+            raise ConfigError(
+                f"model.{name}={heads} / mesh.tensor={tensor} = {heads // tensor} is not divisible by "
+                f"mesh.sequence={sequence}, which parallel.context=ulysses needs (it gives every device all tokens of "
+                f"some heads); use mesh.sequence in {_nearest_divisors(legal, sequence)}, which divide heads and "
+                f"kv_heads / mesh.tensor, or parallel.context=ring"
+            )

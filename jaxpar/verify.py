@@ -58,10 +58,11 @@ def run_batch(config: Config, mesh: Mesh, batch: data.Batch) -> Result:
       mesh: six axes.
       batch: int32 arrays of the whole batch, [M, B, S] for any M.
     """
-    parts = [x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch]
+    parts = data.Batch(*(x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch))
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        placed = data.Batch(*(jax.device_put(x, NamedSharding(mesh, batch_spec(config))) for x in parts))
+        sharding = NamedSharding(mesh, batch_spec(config))
+        placed = data.global_batch(parts, sharding, zigzag=config.parallel.zigzag)
         losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(model, placed)
         leaves = {name: np.asarray(g, np.float64) for name, g in named_leaves(gradients).items()}
     norm = float(np.sqrt(sum(np.sum(g**2) for g in leaves.values())))

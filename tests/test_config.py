@@ -227,6 +227,11 @@ class TestRules:
         assert "train.batch_size=10 is not divisible by train.microbatches=4; use train.microbatches in" in text
         assert "{1, 2, 5, 10}" in text and "{8, 12}" in text
 
+    def test_zigzag_is_not_for_ulysses(self):
+        text = message(resolved, parallel=dict(context="ulysses", zigzag=True))
+        assert "parallel.zigzag=True" in text and "use parallel.zigzag=false, or parallel.context=ring" in text
+        resolved(parallel=dict(context="all_gather", zigzag=True))
+
 
 class TestMesh:
     def test_data_takes_what_is_left(self):
@@ -304,6 +309,21 @@ class TestMeshAgainstConfig:
                 dict(sequence=4, tensor=4),
                 ["data.sequence_length=72", "= 16", "{64, 80}", "--config.parallel.sequence_parallel=false"],
             ),
+            (
+                dict(data=dict(sequence_length=36), parallel=dict(zigzag=True)),
+                dict(sequence=4),
+                ["data.sequence_length=36", "2 x mesh.sequence = 8", "{32, 40}", "parallel.zigzag=false"],
+            ),
+            (
+                dict(parallel=dict(context="ulysses")),
+                dict(sequence=8, tensor=2),
+                ["model.heads=8 / mesh.tensor=2 = 4", "mesh.sequence=8", "{1, 2, 4}", "parallel.context=ring"],
+            ),
+            (
+                dict(model=dict(kv_heads=2), parallel=dict(context="ulysses")),
+                dict(sequence=4),
+                ["model.kv_heads=2 / mesh.tensor=1 = 2", "mesh.sequence=4", "{1, 2}", "parallel.context=ring"],
+            ),
             ({}, dict(data=3), ["train.batch_size=32", "= 3 ", "{30, 33}"]),
             ({}, dict(data=2, fsdp=16, expert=2), ["train.batch_size=32", "= 64 ", "{64}", "{1, 2, 4, 8, 16, 32}"]),
             (
@@ -324,6 +344,9 @@ class TestMeshAgainstConfig:
             ({}, dict(data=2, fsdp=2, expert=2, sequence=2, tensor=8)),
             (dict(train=dict(batch_size=1)), dict(sequence=8, tensor=8)),
             (dict(model=dict(vocab_size=50257)), dict(fsdp=8)),
+            (dict(parallel=dict(context="ulysses")), dict(sequence=4, tensor=2)),
+            (dict(parallel=dict(context="ring", zigzag=True)), dict(sequence=8, tensor=4)),
+            (dict(data=dict(sequence_length=255), parallel=dict(zigzag=True)), {}),
             (
                 dict(data=dict(sequence_length=72), parallel=dict(sequence_parallel=False)),
                 dict(sequence=4, tensor=4),

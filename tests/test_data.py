@@ -22,6 +22,7 @@ from jaxpar.data import (
     local_rows,
     open_data,
     unigram_entropy,
+    zigzag_tokens,
 )
 from jaxpar.shards import Stream
 from jaxpar.windows import Windows
@@ -142,11 +143,23 @@ def test_global_batch_over_a_mesh() -> None:
     mesh = jax.sharding.Mesh(devices, ("data", "sequence"))
     sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "data", "sequence"))
     batch = next(batches(numbered(20), seed=0, batch_size=8, microbatches=2))
-    placed = global_batch(batch, sharding)
+    placed = global_batch(batch, sharding, zigzag=False)
     assert isinstance(placed, Batch)
     for array, field in zip(placed, batch, strict=True):
         assert array.sharding == sharding and (np.asarray(array) == field).all()
     assert local_rows(sharding, batch.tokens.shape) == [0, 1, 2, 3]
+
+
+def test_zigzag_deals_out_heads_and_tails() -> None:
+    field = np.arange(24).reshape(1, 2, 12)
+    batch = Batch(field, field + 1, field % 12, field // 12)
+    dealt = zigzag_tokens(batch, 3)
+    assert dealt.positions[0, 1].tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    assert (dealt.targets == dealt.tokens + 1).all() and (dealt.positions == dealt.tokens % 12).all()
+    assert (dealt.segments == batch.segments).all()
+    causal_work = (dealt.positions[0, 0].reshape(3, -1) + 1).sum(1)
+    assert (causal_work == causal_work[0]).all()
+    assert zigzag_tokens(batch, 1) is batch
 
 
 def test_local_rows_of_one_process() -> None:

@@ -135,7 +135,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Outcome, Outcome]:
     batch, documents = packed(config.model.vocab_size)
     with jax.set_mesh(mesh):
         model = draw(config, mesh, std=0.2)
-        mine = ours(config, model, global_batch(batch, NamedSharding(mesh, batch_spec(config))))
+        mine = ours(config, model, global_batch(batch, NamedSharding(mesh, batch_spec(config)), zigzag=False))
         return mine, theirs(hugging_face(config, to_hugging_face(model)), documents)
 
 
