@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from ml_collections import config_dict
 
 from jaxpar.config import (
+    ACTIVATIONS,
     AXES,
     BATCH_AXES,
+    REMAT,
     Config,
     ConfigError,
     MeshConfig,
     field_paths,
     from_mapping,
     nearest,
+    split_names,
     value_of,
 )
 
@@ -86,6 +89,8 @@ def _validate(config: Config) -> None:
         value = value_of(config, path)
         if value not in choices:
             raise ConfigError(f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
+    _known_names("memory.remat", config.memory.remat, ACTIVATIONS, *REMAT)
+    _known_names("memory.offload", config.memory.offload, (*ACTIVATIONS, "optimizer"), "")
     for path in _POSITIVE:
         _positive(path, value_of(config, path))
     for path in _NOT_NEGATIVE:
@@ -115,6 +120,19 @@ def _validate(config: Config) -> None:
             f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
     _divisible("train.batch_size", config.train.batch_size, "train.microbatches", config.train.microbatches)
+
+
+def _known_names(path: str, value: str, names: tuple[str, ...], *whole: str) -> None:
+    """Refuses what is neither one of `whole` nor a list of `names`."""
+    unknown = [name for name in split_names(value) if name not in names]
+    if value in whole or (split_names(value) and not unknown):
+        return
+    policies = f"{', '.join(whole)}, or " if any(whole) else ""
+    hint = nearest(unknown[0], (*names, *filter(None, whole))) if unknown else ""
+    raise ConfigError(
+        f"{path}={value!r}{f' has {unknown[0]!r}, which is unknown' * bool(unknown)}; use {policies}names separated by "
+        f"commas, of {', '.join(names)}.{hint if hint.startswith(' Did') else ''}"
+    )
 
 
 def _nearest_divisors(n: int, near: int, most: int = 6) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpar import cli, data
-from jaxpar.config import Config, ConfigError, MeshConfig
+from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig
 from jaxpar.sharding import make_mesh
 from jaxpar.step import batch_spec, init_state, loss_and_gradients
 from jaxpar.tree import named_leaves
@@ -42,7 +42,7 @@ def reference_config(config: Config) -> Config:
         config,
         train=dataclasses.replace(config.train, microbatches=1),
         parallel=dataclasses.replace(config.parallel, sequence_parallel=False),
-        memory=dataclasses.replace(config.memory, remat="none"),
+        memory=MemoryConfig(),
     )
 
 

@@ -212,9 +212,13 @@ def test_donation_is_complete(sizes, devices):
     assert compiled.memory_analysis().alias_size_in_bytes == held
 
 
-@pytest.mark.parametrize(("remat", "kept"), [("full", "D"), ("none", "DDDDFFGGHH")])
+@pytest.mark.parametrize(
+    ("remat", "kept"),
+    [("full", "D"), ("attention", "DDGGHH"), ("dots", "DDFFGGHH"), ("none", "DDDDFFGGHH"), ("gate,key", "DFG")],
+)
 def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
-    """`full`: the residual alone. `none`: besides it, two norms, attention output; gate, up; k, v; q and attention."""
+    """`full`: the residual alone. `attention`: besides it, q and attention, k, v, and what attention adds to the residual.
+    `dots`: gate and up too. `none`: two norms too. A list: its names, and the residual."""
     sizes = MeshConfig(fsdp=8)
     config = make_config(sizes, remat=remat)
     compiled, _ = compile_step(config, sizes, "gpu")
