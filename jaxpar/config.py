@@ -24,9 +24,9 @@ ACTIVATIONS = (
     *("residual", "attention_input", "query", "key", "value", "attention", "attention_output"),
     *("mlp_input", "gate", "up"),
 )
-"""What a layer may keep for its backward pass, as `model.py` names it; `residual` is its input, which it always keeps. The
-rest is recomputed: norms and SwiGLU's product are cheap, the attention scores are quadratic in S, and gathered weights
-are what fsdp is there to avoid."""
+"""What a layer may keep for its backward pass, as `model.py` names it; `residual` is its input, which it always keeps.
+The rest is recomputed: norms and SwiGLU's product are cheap, the attention scores are quadratic in S, and gathered
+weights are what fsdp is there to avoid."""
 
 REMAT = {
     "none": ACTIVATIONS,
@@ -34,8 +34,8 @@ REMAT = {
     "attention": ("residual", "query", "key", "value", "attention", "attention_output"),
     "full": ("residual",),
 }
-"""The activations that each policy of `memory.remat` keeps. Elements a token and layer, with D model dim, Q = heads x head
-dim, P = kv_heads x head dim, F ffn; all are in the compute dtype:
+"""The activations that each policy of `memory.remat` keeps. Elements a token and layer, in the compute dtype, with D
+model dim, Q = heads x head dim, P = kv_heads x head dim, F ffn:
 
   none       4D + 2Q + 2P + 2F   Every matmul's inputs. Only the attention scores are computed again, as always.
   dots       2D + 2Q + 2P + 2F   Every matmul's result. The two norms are computed again and, with mesh.tensor, the two
@@ -145,9 +145,9 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the activations to keep, separated
-    by commas. `offload`: names of activations that wait for the backward pass in host memory, whatever `remat` says of
-    them, and `optimizer` for the optimizer state."""
+    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the activations to keep,
+    separated by commas. `offload`: names of activations that wait for the backward pass in host memory, whatever
+    `remat` says of them, and `optimizer` for the optimizer state."""
 
     remat: str = "none"
     offload: str = ""
@@ -176,9 +176,10 @@ def split_names(text: str) -> tuple[str, ...]:
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over `tensor` along the
-    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`, in
-    every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded over
-    `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its causal work."""
+    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`,
+    in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
+    over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its causal
+    work."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"

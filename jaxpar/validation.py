@@ -124,15 +124,20 @@ def _validate(config: Config) -> None:
 
 def _known_names(path: str, value: str, names: tuple[str, ...], *whole: str) -> None:
     """Refuses what is neither one of `whole` nor a list of `names`."""
-    unknown = [name for name in split_names(value) if name not in names]
-    if value in whole or (split_names(value) and not unknown):
+    given = split_names(value)
+    unknown = next((name for name in given if name not in names), "")
+    if value in whole or (given and not unknown):
         return
     policies = f"{', '.join(whole)}, or " if any(whole) else ""
-    hint = nearest(unknown[0], (*names, *filter(None, whole))) if unknown else ""
     raise ConfigError(
-        f"{path}={value!r}{f' has {unknown[0]!r}, which is unknown' * bool(unknown)}; use {policies}names separated by "
-        f"commas, of {', '.join(names)}.{hint if hint.startswith(' Did') else ''}"
+        f"{path}={value!r}{f' has {unknown!r}, which is unknown' if unknown else ' names nothing'}; use {policies}"
+        f"names separated by commas, of {', '.join(names)}.{_close(unknown, (*whole, *names))}"
     )
+
+
+def _close(name: str, names: tuple[str, ...]) -> str:
+    hint = nearest(name, names)
+    return hint if hint.startswith(" Did") else ""
 
 
 def _nearest_divisors(n: int, near: int, most: int = 6) -> str:
