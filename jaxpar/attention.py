@@ -7,11 +7,16 @@ and a key-value cache all use the same rule: a query sees the keys of its own se
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxpar.parallel import context
 from jaxpar.sharding import Rules
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
+
+
+_QUERIES = 512
+"""Queries that are worked on at a time."""
 
 
 class TokenInfo(NamedTuple):
@@ -65,11 +70,28 @@ def _attend_local(
     )
 
 
-@jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
 def _softmax_attention(
     q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
 ) -> jax.Array:
-    mask_BST = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (
-        queries.positions[:, :, None] >= keys.positions[:, None, :]
-    )
-    return jax.nn.dot_product_attention(q_BSHK, k_BTGK, v_BTGK, mask=mask_BST[:, None])
+    """Attention in chunks of `_QUERIES` queries, so that only B x H x _QUERIES x T scores exist at a time."""
+    # In float32 here and back inside: so the gradients of all chunks add up in float32.
+    k32_BTGK, v32_BTGK = (x.astype(jnp.float32) for x in (k_BTGK, v_BTGK))
+
+    @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
+    def chunk(q_BCHK: jax.Array, queries: TokenInfo) -> jax.Array:
+        mask_BCT = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (
+            queries.positions[:, :, None] >= keys.positions[:, None, :]
+        )
+        k_BTGK, v_BTGK = (x.astype(q_BSHK.dtype) for x in (k32_BTGK, v32_BTGK))
+        return jax.nn.dot_product_attention(q_BCHK, k_BTGK, v_BTGK, mask=mask_BCT[:, None])
+
+    batch, length = q_BSHK.shape[:2]
+    if length <= _QUERIES:
+        return chunk(q_BSHK, queries)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, -length % _QUERIES), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)
+
+    o_NBCHK = jax.lax.map(lambda x: chunk(*x), (split(q_BSHK), TokenInfo(*map(split, queries))))
+    return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *q_BSHK.shape[2:])[:, :length]
