@@ -8,12 +8,17 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
 
 from jaxpar.parallel import context
 from jaxpar.sharding import Rules
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
+
+
+_QUERIES = 512
+"""Queries that are worked on at a time."""
 
 
 class TokenInfo(NamedTuple):
@@ -91,11 +96,31 @@ def _exchanged(
     return context.heads_to_tokens(_softmax_attention(q_BSHK, k_BSGK, v_BSGK, keys, keys))
 
 
-@jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
 def _softmax_attention(
     q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
 ) -> jax.Array:
-    return jax.nn.dot_product_attention(q_BSHK, k_BTGK, v_BTGK, mask=sees(queries, keys)[:, None])
+    """Attention in chunks of `_QUERIES` queries, so that only B x H x _QUERIES x T scores exist at a time."""
+    # Not every backend multiplies float16 into float32.
+    dtype = jnp.dtype("float32") if q_BSHK.dtype == jnp.float16 else q_BSHK.dtype
+    # In float32 here and back inside: so the gradients of all chunks add up in float32.
+    k32_BTGK, v32_BTGK = (x.astype(jnp.float32) for x in (k_BTGK, v_BTGK))
+
+    @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
+    def chunk(q_BCHK: jax.Array, queries: TokenInfo) -> jax.Array:
+        k_BTGK, v_BTGK = (x.astype(dtype) for x in (k32_BTGK, v32_BTGK))
+        o_BCHK = jax.nn.dot_product_attention(q_BCHK.astype(dtype), k_BTGK, v_BTGK, mask=sees(queries, keys)[:, None])
+        return o_BCHK.astype(q_BCHK.dtype)
+
+    batch, length = q_BSHK.shape[:2]
+    if length <= _QUERIES:
+        return chunk(q_BSHK, queries)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, -length % _QUERIES), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)
+
+    o_NBCHK = jax.lax.map(lambda x: chunk(*x), (split(q_BSHK), TokenInfo(*map(split, queries))))
+    return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *q_BSHK.shape[2:])[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -20,6 +20,32 @@ BATCH_AXES = ("data", "fsdp", "expert")
 """The axes over which the batch dimension is sharded."""
 
 
+ACTIVATIONS = (
+    *("residual", "attention_input", "query", "key", "value", "attention", "attention_output"),
+    *("mlp_input", "gate", "up"),
+)
+"""What a layer may keep for its backward pass, as `model.py` names it; `residual` is its input, which it always keeps.
+The rest is recomputed: norms and SwiGLU's product are cheap, the attention scores are quadratic in S, and gathered
+weights are what fsdp is there to avoid."""
+
+REMAT = {
+    "none": ACTIVATIONS,
+    "dots": ("residual", "query", "key", "value", "attention", "attention_output", "gate", "up"),
+    "attention": ("residual", "query", "key", "value", "attention", "attention_output"),
+    "full": ("residual",),
+}
+"""The activations that each policy of `memory.remat` keeps. Elements a token and layer, in the compute dtype, with D
+model dim, Q = heads x head dim, P = kv_heads x head dim, F ffn:
+
+  none       4D + 2Q + 2P + 2F   Every matmul's inputs. Only the attention scores are computed again, as always.
+  dots       2D + 2Q + 2P + 2F   Every matmul's result. The two norms are computed again and, with mesh.tensor, the two
+                                 gathers of their results.
+  attention  2D + 2Q + 2P        None of the MLP: gate and up are computed again, 4DF operations a token and layer. For
+                                 long sequences: attention, quadratic in them, is not.
+  full       D                   The whole layer but its last matmul (down) is computed again.
+"""
+
+
 class ConfigError(ValueError):
     """The request is wrong. The command line prints it without a traceback and exits with 2."""
 
@@ -119,12 +145,32 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes. `none` keeps every matmul's result, `full` one residual a layer;
-    `dots` and `attention` lie between; or the names of the activations to keep, separated by commas. `offload`: names
-    of activations to keep in host memory, and `optimizer` for the optimizer state."""
+    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the activations to keep,
+    separated by commas. `offload`: names of activations that wait for the backward pass in host memory, whatever
+    `remat` says of them, and `optimizer` for the optimizer state."""
 
     remat: str = "none"
     offload: str = ""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the activations that stay on the device."""
+        asked = REMAT.get(self.remat) or ("residual", *split_names(self.remat))
+        return tuple(name for name in ACTIVATIONS if name in asked and name not in self.offloaded)
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """Names of the activations that go to host memory."""
+        return tuple(name for name in ACTIVATIONS if name in split_names(self.offload))
+
+    @property
+    def offload_optimizer(self) -> bool:
+        return "optimizer" in split_names(self.offload)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names of a list separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ Shapes: B batch, S sequence, D model dim, L layers, H query heads, G key-value h
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,9 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jax.sharding import reshard
 
 from jaxpar.attention import TokenInfo, attend
-from jaxpar.config import Config, ModelConfig, RopeScaling
+from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules
-
-ACTIVATIONS = (
-    *("attention_input", "query", "key", "value", "attention", "attention_output"),
-    *("mlp_input", "gate", "up"),
-)
-"""What a layer may keep for its backward pass. The rest is always recomputed: norms and SwiGLU's product are cheap, the
-attention scores are quadratic in S, and gathered weights are what fsdp is there to avoid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +150,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
     ) -> tuple[jax.Array, "KVCache | None"]:
+        x_BSD = keep(x_BSD, "residual")
         out_BSD, cache = self.attention(self.attention_norm(x_BSD), context, cache)
         x_BSD = x_BSD + out_BSD
         return x_BSD + self.mlp(self.mlp_norm(x_BSD)), cache
@@ -181,7 +176,7 @@ class Llama(nnx.Module):
         self.head = None if tied else new.normal((config.model.dim, config.model.vocab_size), "embed_fsdp", "vocab")
         self.config = config.model
         self.layout = layout
-        self.remat = config.memory.remat
+        self.memory = config.memory
 
     def __call__(
         self, tokens_BS: jax.Array, queries: TokenInfo, cache: "Cache | None" = None
@@ -208,9 +203,8 @@ class Llama(nnx.Module):
             layer, kv = scanned
             return layer(x_BSD, context, kv)
 
-        kept = ACTIVATIONS if self.remat == "none" else ()
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
         x_BSD = vocabulary.lookup(self.layout.weight(self.embedding), tokens_BS, self.layout.rules)
+        policy = remat_policy(self.memory)
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
         x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv))
         if cache is not None:
@@ -220,6 +214,22 @@ class Llama(nnx.Module):
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute dtype, gathered over fsdp, sharded over tensor."""
         return self.layout.weight(self.embedding).T if self.head is None else self.layout.weight(self.head)
+
+
+def remat_policy(memory: MemoryConfig) -> Callable[..., Any]:
+    """What `jax.checkpoint` does with each named activation: keep it, move it to pinned host memory, or recompute it.
+
+    Offloaded activations travel asynchronously: out while the forward pass goes on, back ahead of their use.
+    """
+    policies = jax.checkpoint_policies
+    if not memory.offloaded:
+        return policies.save_only_these_names(*memory.kept)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=memory.kept,
+        names_which_can_be_offloaded=memory.offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 @jax.tree_util.register_dataclass

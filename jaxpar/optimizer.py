@@ -71,6 +71,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return _auto(optax.chain(direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)))
 
 
+def to_host(state: optax.OptState, config: Config) -> optax.OptState:
+    """The optimizer state where it waits between updates: with `memory.offload=optimizer` in pinned host memory,
+    sharded as it was on the devices. Counters stay."""
+    return _move(state, jax.memory.Space.Host) if config.memory.offload_optimizer else state
+
+
+def to_device(state: optax.OptState, config: Config) -> optax.OptState:
+    """The optimizer state where the update needs it; undoes `to_host`. Copies the bytes of the device's own shards."""
+    return _move(state, jax.memory.Space.Device) if config.memory.offload_optimizer else state
+
+
+def _move(state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+
 def _muon_dimensions(params: Any) -> Any:
     """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head and norms."""
     matrix, split_heads, join_heads = ((1,), (2,)), ((1,), (2, 3)), ((1, 2), (3,))  # dimension 0 is the layer

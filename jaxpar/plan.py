@@ -172,6 +172,32 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     }
 
 
+def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
+    """Bytes on a device of each of `config.ACTIVATIONS`, of one layer and one microbatch, in the compute dtype.
+
+    The inputs of attention and MLP are whole over `tensor`; the residual, and what is added to it, are sharded over
+    it along the sequence with sequence parallelism; everything between is sharded by heads and ffn.
+    """
+    model, train = config.model, config.train
+    sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
+    tokens = ITEMSIZE[config.precision.compute] * sequences * config.data.sequence_length // mesh.sequence
+    whole, queries, keys = model.dim, model.heads * model.head_dim // mesh.tensor, model.kv_heads * model.head_dim
+    residual = whole // mesh.tensor if config.parallel.sequence_parallel else whole
+    elements = {
+        "residual": residual,
+        "attention_input": whole,
+        "query": queries,
+        "key": keys // mesh.tensor,
+        "value": keys // mesh.tensor,
+        "attention": queries,
+        "attention_output": residual,
+        "mlp_input": whole,
+        "gate": model.ffn_dim // mesh.tensor,
+        "up": model.ffn_dim // mesh.tensor,
+    }
+    return {name: tokens * count for name, count in elements.items()}
+
+
 _SMALLEST_FACTORED = 32  # min_dim_size_to_factor in optimizer.py, which imports jax
 
 

@@ -13,7 +13,7 @@ from jaxpar import loss
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.model import Llama
-from jaxpar.optimizer import make_optimizer, schedule
+from jaxpar.optimizer import make_optimizer, schedule, to_device, to_host
 from jaxpar.parallel import reduce
 from jaxpar.sharding import Rules
 from jaxpar.tree import named_leaves
@@ -58,7 +58,8 @@ def init_state(config: Config) -> TrainState:
     model: Any = Llama(config, nnx.Rngs(params=config.train.seed))
     zero = jnp.zeros((), jnp.int32)
     scale = jnp.float32(config.precision.loss_scale or 1)
-    return TrainState(zero, zero, scale, zero, model, make_optimizer(config).init(model))
+    optimizer_state = to_host(make_optimizer(config).init(model), config)
+    return TrainState(zero, zero, scale, zero, model, optimizer_state)
 
 
 def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> tuple[jax.Array, loss.LossSums]:
@@ -124,11 +125,10 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         finite = jnp.isfinite(losses.objective) & jnp.isfinite(grad_norm)
         if config.optimizer.clip_norm:
             gradients = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / grad_norm), gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.model)
+        old = (state.model, to_device(state.optimizer, config))
+        updates, optimizer_state = optimizer.update(gradients, old[1], state.model)
         new = (optax.apply_updates(state.model, updates), optimizer_state)
-        model, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), new, (state.model, state.optimizer)
-        )
+        model, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         loss_scale, since_scaled = (
             _next_scale(state, finite, config) if scaled else (state.loss_scale, state.since_scaled)
@@ -141,7 +141,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "skipped": skipped,
             "gradient_norms": norms,
         } | ({"loss_scale": state.loss_scale} if scaled else {})
-        return TrainState(state.step + 1, skipped, loss_scale, since_scaled, model, optimizer_state), metrics
+        return TrainState(
+            state.step + 1, skipped, loss_scale, since_scaled, model, to_host(optimizer_state, config)
+        ), metrics
 
     return train_step
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import cli, data, plan
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
+from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
@@ -103,7 +104,9 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
     lines = [
         f"devices   {mesh.size} x {device.device_kind}, {processes}; mesh {sizes}",
         f"model     {plan.parameter_count(config.model):,} parameters; a device holds "
-        f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state",
+        f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state"
+        + " in host memory"
+        * config.memory.offload_optimizer,
         f"batch     {plan.describe_batch(config, sizes)}",
         f"data      {corpus}",
     ]
@@ -156,7 +159,7 @@ def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
     """The state to begin with, from a checkpoint or fresh, and the number of training samples it has seen."""
     if found is None:
         return jax.jit(lambda: init_state(config))(), 0
-    state, position = restore_run(found, jax.eval_shape(lambda: init_state(config)))
+    state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
     return state, int(position["samples"])
 
 
@@ -181,7 +184,10 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
 
     Dispatches step n, then reads the metrics of step n-1, so the device never waits for the host.
     """
-    train_step = jax.jit(make_train_step(config), donate_argnums=0)
+    train_step: Any = jax.jit(make_train_step(config), donate_argnums=0)
+    if config.memory.offload:
+        train_step = compile_train_step(config, mesh)
+        check_offload(train_step, config, MeshConfig(*mesh.devices.shape))
     eval_step = jax.jit(make_eval_step(config))
     state, samples = start_state(config, find_checkpoint(workdir, config))
     batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
@@ -281,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     check_resume(workdir, config)
     corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
+    check_host_memory(config, mesh)
     if jax.process_index() == 0:
         print(describe(config, mesh, corpus), flush=True)
     try:

@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from ml_collections import config_dict
 
 from jaxpar.config import (
+    ACTIVATIONS,
     AXES,
     BATCH_AXES,
+    REMAT,
     Config,
     ConfigError,
     MeshConfig,
     field_paths,
     from_mapping,
     nearest,
+    split_names,
     value_of,
 )
 
@@ -86,6 +89,8 @@ def _validate(config: Config) -> None:
         value = value_of(config, path)
         if value not in choices:
             raise ConfigError(f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
+    _known_names("memory.remat", config.memory.remat, ACTIVATIONS, *REMAT)
+    _known_names("memory.offload", config.memory.offload, (*ACTIVATIONS, "optimizer"), "")
     for path in _POSITIVE:
         _positive(path, value_of(config, path))
     for path in _NOT_NEGATIVE:
@@ -127,6 +132,24 @@ def _validate(config: Config) -> None:
             "parallel.zigzag=True balances causal work between tokens, but with parallel.context=ulysses every device "
             "has all of them; use parallel.zigzag=false, or parallel.context=ring"
         )
+
+
+def _known_names(path: str, value: str, names: tuple[str, ...], *whole: str) -> None:
+    """Refuses what is neither one of `whole` nor a list of `names`."""
+    given = split_names(value)
+    unknown = next((name for name in given if name not in names), "")
+    if value in whole or (given and not unknown):
+        return
+    policies = f"{', '.join(whole)}, or " if any(whole) else ""
+    raise ConfigError(
+        f"{path}={value!r}{f' has {unknown!r}, which is unknown' if unknown else ' names nothing'}; use {policies}"
+        f"names separated by commas, of {', '.join(names)}.{_close(unknown, (*whole, *names))}"
+    )
+
+
+def _close(name: str, names: tuple[str, ...]) -> str:
+    hint = nearest(name, names)
+    return hint if hint.startswith(" Did") else ""
 
 
 def _nearest_divisors(n: int, near: int, most: int = 6) -> str:

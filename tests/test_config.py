@@ -9,6 +9,7 @@ from jaxpar.config import (
     BATCH_AXES,
     Config,
     ConfigError,
+    MemoryConfig,
     MeshConfig,
     RopeScaling,
     check_field,
@@ -355,3 +356,31 @@ class TestMeshAgainstConfig:
     )
     def test_takes(self, groups, sizes):
         validate_mesh(resolved(**groups), MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (
+            dict(remat="dot"),
+            "memory.remat='dot' has 'dot', which is unknown; use none, dots, attention, full, or names",
+        ),
+        (dict(remat="gate,keys"), "has 'keys', which is unknown; .* key, value, .*Did you mean key"),
+        (dict(remat=""), "memory.remat='' names nothing; use none, dots, attention, full, or names"),
+        (dict(remat="none,gate"), "has 'none', which is unknown"),
+        (dict(remat="optimizer"), "has 'optimizer', which is unknown"),
+        (dict(offload="optimiser"), "memory.offload='optimiser' .*; use names .*optimizer. Did you mean optimizer"),
+        (dict(offload=","), "memory.offload=',' names nothing; use names"),
+    ],
+)
+def test_unknown_activations_are_refused(memory, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(configure(memory=memory))
+
+
+def test_offloaded_activations_are_not_kept():
+    memory = resolve(configure(memory=dict(remat="attention", offload="gate, query,optimizer"))).memory
+    assert memory.kept == ("residual", "key", "value", "attention", "attention_output")
+    assert memory.offloaded == ("query", "gate") and memory.offload_optimizer
+    assert resolve(configure(memory=dict(remat="gate"))).memory.kept == ("residual", "gate")
+    assert MemoryConfig(remat="full").kept == ("residual",)

@@ -15,12 +15,13 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 
 # A module may import those above its line, not those beside it.
 LAYERS = """
-    config tree
+    config hlo tree
     plan sharding tokenizer validation
     cli parallel sources shards optimizer metrics checkpoint
     windows attention loss
     data model
     convert step
+    compile
     explain generate prepare train verify
     __main__
 """
@@ -29,6 +30,7 @@ LAYER = {name: number for number, line in enumerate(LAYERS.strip().splitlines())
 # Stricter than its line.
 ONLY = {
     "config": set(),
+    "hlo": set(),
     "tree": set(),
     "plan": {"config"},
     "validation": {"config"},

@@ -11,16 +11,13 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-from hlo import Collective, collectives, shapes
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import data, plan
-from jaxpar.config import Config, MeshConfig, configure
+from jaxpar import plan
+from jaxpar.compile import absent_gpus, abstract_state, check_offload, compile_train_step
+from jaxpar.config import ACTIVATIONS, Config, ConfigError, MeshConfig, configure
+from jaxpar.hlo import Collective, collectives, shapes
 from jaxpar.sharding import make_mesh
-from jaxpar.step import batch_spec, init_state, make_train_step
 from jaxpar.validation import resolve, validate_mesh
 
 MODEL = dict(vocab_size=4096, dim=512, layers=3, heads=16, kv_heads=8, head_dim=32, ffn_dim=1024)
@@ -33,18 +30,19 @@ SMALL = 64 * 1024
 @functools.cache
 def h100s():
     """Eight H100s on one host."""
-    spec = (Path(__file__).parent / "data" / "h100.txtpb").read_text()
-    return topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x8").devices
+    return absent_gpus((Path(__file__).parents[1] / "scripts" / "gpus" / "h100.txtpb").read_text(), "1x1x8")
 
 
-def make_config(mesh: MeshConfig, *, microbatches=1, remat="none", precision=None, model=None, **parallel) -> Config:
+def make_config(
+    mesh: MeshConfig, *, microbatches=1, remat="none", offload="", precision=None, model=None, **parallel
+) -> Config:
     config = resolve(
         configure(
             model=dict(MODEL, **(model or {})),
             precision=precision or {},
             data=dict(sequence_length=LENGTH),
             train=dict(batch_size=SEQUENCES * microbatches * mesh.batch_shards, microbatches=microbatches),
-            memory=dict(remat=remat),
+            memory=dict(remat=remat, offload=offload),
             parallel=parallel,
         )
     )
@@ -52,28 +50,11 @@ def make_config(mesh: MeshConfig, *, microbatches=1, remat="none", precision=Non
     return config
 
 
-def abstract_state(config: Config, mesh: Mesh):
-    """Shapes, dtypes and shardings of the training state."""
-
-    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if x.sharding else jax.P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    with jax.set_mesh(mesh):
-        return jax.tree.map(placed, jax.eval_shape(lambda: init_state(config)))
-
-
 @functools.cache
 def compile_step(config: Config, sizes: MeshConfig, devices: str):
     """The compiled training step and its mesh, on absent H100s or on simulated CPU devices."""
     mesh = make_mesh(sizes, h100s() if devices == "gpu" else jax.devices())
-    with jax.set_mesh(mesh):
-        state = abstract_state(config, mesh)
-        train = config.train
-        shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
-        field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(config)))
-        step = jax.jit(make_train_step(config), donate_argnums=0)
-        return step.lower(state, data.Batch(field, field, field, field)).compile(), mesh
+    return compile_train_step(config, mesh), mesh
 
 
 def traffic(config: Config, sizes: MeshConfig) -> list[Collective]:
@@ -239,9 +220,13 @@ def test_donation_is_complete(sizes, devices):
     assert compiled.memory_analysis().alias_size_in_bytes == held
 
 
-@pytest.mark.parametrize(("remat", "kept"), [("full", "D"), ("none", "DDDDFFGGHH")])
+@pytest.mark.parametrize(
+    ("remat", "kept"),
+    [("full", "D"), ("attention", "DDGGHH"), ("dots", "DDFFGGHH"), ("none", "DDDDFFGGHH"), ("gate,key", "DFG")],
+)
 def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
-    """`full`: the residual alone. `none`: besides it, two norms, attention output; gate, up; k, v; q and attention."""
+    """`full`: the residual alone. `attention`: besides it, q and attention, k, v, and what attention adds to the
+    residual. `dots`: gate and up too. `none`: two norms too. A list: its names, and the residual."""
     sizes = MeshConfig(fsdp=8)
     config = make_config(sizes, remat=remat)
     compiled, _ = compile_step(config, sizes, "gpu")
@@ -252,6 +237,26 @@ def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
     stacked = [shape for shape in map(_dims, re.findall(r"bf16\[[\d,]+\]|f32\[[\d,]+\]", forward)) if len(shape) > 3]
     stacked = [shape[3:] for shape in stacked if shape[:3] == (L, SEQUENCES, LENGTH)]
     assert "".join(sorted(names[shape] for shape in stacked)) == kept
+
+
+@pytest.mark.parametrize("sizes", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
+def test_offload_leaves_the_device(sizes):
+    """Activations, and the optimizer state with its copy in the results, are in host memory to the byte."""
+    config = make_config(sizes, remat="full", offload=",".join((*ACTIVATIONS, "optimizer")))
+    compiled, _ = compile_step(config, sizes, "gpu")
+    check_offload(compiled, config, sizes)
+    stats, state = compiled.memory_analysis(), plan.state_bytes(config, sizes)
+    assert stats.host_temp_size_in_bytes == config.model.layers * sum(plan.activation_bytes(config, sizes).values())
+    assert stats.host_argument_size_in_bytes == stats.host_alias_size_in_bytes == state["optimizer"]
+    assert stats.alias_size_in_bytes < state["parameters"] + SMALL
+
+
+def test_offload_that_stays_is_refused():
+    sizes = MeshConfig(fsdp=8)
+    config = make_config(sizes, offload="gate,optimizer")
+    compiled, _ = compile_step(config, sizes, "cpu")
+    with pytest.raises(ConfigError, match=r"leaves 12.0 MiB of gate and 10.8 MiB of optimizer in the memory"):
+        check_offload(compiled, config, sizes)
 
 
 def _dims(shape: str) -> tuple[int, ...]:

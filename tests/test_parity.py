@@ -145,6 +145,18 @@ def test_unusual_sizes(text, sizes, model, groups):
     check(make_config(text, model={**MODEL, "init_std": 0.1, **model}, **groups), sizes)
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        *(dict(remat=remat) for remat in ("none", "dots", "attention", "full", "value,up")),
+        dict(remat="dots", offload="residual,query,gate"),
+    ],
+    ids=lambda memory: "-".join(memory.values()),
+)
+def test_what_is_kept_changes_nothing(text, memory):
+    check(make_config(text, microbatches=2, memory=memory), dict(fsdp=2, sequence=2, tensor=2))
+
+
 def test_initialisation_does_not_depend_on_the_mesh(text):
     config = make_config(text)
     one = verify.initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))
