@@ -120,4 +120,6 @@ def _local(x_bsD, w_dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
     dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
-    return sums, (dx_bsD, vocabulary.scatter_weight(dw_Dv.astype(dtype)).astype(w_dv.dtype))
+    dw_dv = vocabulary.scatter_weight(dw_Dv.astype(dtype)).astype(w_dv.dtype)
+    # The layers' backward pass needs dx alone: it has to wait, or the whole dw waits for its reduction all along.
+    return sums, jax.lax.optimization_barrier((dx_bsD, dw_dv))
