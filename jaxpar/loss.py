@@ -119,4 +119,5 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
     dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
-    return sums, (dx_bsD, dw_Dv.astype(dtype))
+    # The layers' backward pass needs dx alone: it has to wait, or dw waits in float32 all along.
+    return sums, jax.lax.optimization_barrier((dx_bsD, dw_Dv.astype(dtype)))

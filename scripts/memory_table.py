@@ -178,7 +178,7 @@ def peer(run: Runner) -> str:
         (
             "Llama 3 70B, fsdp 8 x tensor 8",
             (44.6, 937_333, 428_469, ""),
-            sized("llama3_70b", 8, dict(fsdp=8, tensor=8), **hosts),
+            sized("llama3_70b", 64, dict(fsdp=8, tensor=8), **hosts),
         ),
         ("Llama 3 70B, fsdp 64", (37.1, 265_128, 134_568, ""), sized("llama3_70b", 64, dict(fsdp=64), **hosts)),
         ("Llama 2 7B, fsdp 8, 2 x 4096", (19.3, 25_205, 12_853, ""), sized("llama2_7b", 16, dict(fsdp=8), **eight)),

@@ -65,7 +65,9 @@ def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, vocabulary: int
     dx_bSD = gather_tokens(dx_bsD) if shard_seq else dx_bsD
     rows = vocabulary // jax.lax.axis_size("tensor")
     here_bs, row_bs = _held_here(tokens_bs, rows)
-    dtable_vD = jnp.zeros((rows, dx_bSD.shape[-1]), jnp.float32)
+    # A zero of its own, made late: else XLA shares one with the gradient of the head, for the whole backward pass.
+    dx_bSD, zero = jax.lax.optimization_barrier((dx_bSD, jnp.zeros((), jnp.float32)))
+    dtable_vD = jnp.full((rows, dx_bSD.shape[-1]), zero)
     dtable_vD = dtable_vD.at[row_bs].add(jnp.where(here_bs[..., None], dx_bSD.astype(jnp.float32), 0))
     return dtable_vD.astype(dx_bsD.dtype)
 
