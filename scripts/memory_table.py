@@ -232,7 +232,8 @@ pass under every policy.
 
 `kept` is the arithmetic of `plan.activation_bytes`: the named activations of all layers. `FLOPs more` counts the
 matmuls that a policy computes again against those of the model (causal attention counted once). `memory.offload` copies
-over PCIe while the step computes; its host memory is that of all 8 devices of a host, so eight times the figure.
+over PCIe while the step computes; a host holds the figure of each of its devices. What it costs in time is not
+predicted here.
 
 ## Against the article
 
@@ -245,7 +246,8 @@ target (31 GB for 7.26B). The tensor-parallel run has a vocabulary of 50258, bec
 
 MaxText 0.2.5's training step through the same compiler (jax 0.12.0.1, cuDNN attention, whose workspace is not in its
 peak, full remat, AdamW in float32), beside jaxpar with `memory.remat=full`. Bytes: results of all-gathers, inputs of
-reduce-scatters and all-reduces.
+reduce-scatters and all-reduces. The peer's sequences in the last case are not known: there jaxpar has one of 4096 a
+microbatch and device, so only the bytes compare.
 
 {peer}
 """
