@@ -24,7 +24,7 @@ def test_queries_in_chunks_change_nothing(length):
         def total(q, k, v):
             queries = TokenInfo(*(jax.reshard(x, Rules().spec("batch", "seq")) for x in info))
             keys = TokenInfo(*(jax.reshard(x, Rules().spec("batch", None)) for x in info))
-            return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules())))
+            return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), "all_gather")))
 
         with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "_QUERIES", queries)

@@ -39,7 +39,7 @@ def two_steps(config, mesh):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         batch = data.global_batch(
-            data.Batch(tokens, (tokens + 1) % 64, positions, segments), batch_sharding(config, mesh)[0]
+            data.Batch(tokens, (tokens + 1) % 64, positions, segments), batch_sharding(config, mesh)[0], zigzag=False
         )
         return step(step(state, batch)[0], batch)[0]
 

@@ -9,11 +9,11 @@ import re
 from collections import Counter
 
 import pytest
-from hlo import shapes
 from test_lowering import BF16, LENGTH, MODEL, SEQUENCES, check_one_reduction, compile_step, traffic, weights
 from test_lowering import make_config as plain_config
 
 from jaxpar.config import Config, MeshConfig
+from jaxpar.hlo import shapes
 from jaxpar.parallel.context import tile_size
 from jaxpar.validation import validate_mesh
 
