@@ -32,10 +32,10 @@ train: $(RUNTIME) ## train CONFIG into WORKDIR, then write a text after PROMPT (
 	$(BIN)/python -m jaxpar.generate --checkpoint='$(WORKDIR)' --prompt='$(PROMPT)'
 
 test: $(DEV) $(GPU_COMPILER) ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 test-slow: $(DEV) $(GPU_COMPILER) ## run the slow tests
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
 
 lint: $(DEV) ## check format, style and types
 	$(BIN)/ruff format --check .
