@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxpar import cli, data
 from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
@@ -100,12 +100,12 @@ def compare(result: Result, reference: Result, tolerance: float = TOLERANCE) -> 
 
 def print_report(report: dict[str, Any], mesh: MeshConfig) -> None:
     """A table for the terminal: every quantity with its relative error."""
-    table = Table("quantity", "one device", str(mesh), "relative error")
+    table = Table(Column("quantity or gradient", no_wrap=True), "one device", str(mesh), "relative error")
     for name in ("loss", "grad_norm"):
         row = report[name]
         table.add_row(name, f"{row['reference']:.7g}", f"{row['mesh']:.7g}", f"{row['relative_error']:.1e}")
     for name, error in report["gradients"].items():
-        table.add_row(f"gradient of {name}", "", "", f"{error:.1e}")
+        table.add_row(name, "", "", f"{error:.1e}")
     Console().print(table)
     verdict = "equal" if report["equal"] else "DIFFERENT"
     print(f"{verdict} within a relative error of {report['tolerance']:g}, in float32")
