@@ -93,7 +93,7 @@ def loss_and_gradients(
     (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     if loss_scale is not None:
-        gradients = jax.tree.map(lambda g: g / loss_scale, gradients)
+        gradients = jax.tree.map(lambda g: (g / loss_scale).astype(g.dtype), gradients)
     return loss.LossSums(*(part / valid for part in sums)), gradients
 
 
@@ -124,7 +124,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(n)) for n in jax.tree.leaves(norms)))
         finite = jnp.isfinite(losses.objective) & jnp.isfinite(grad_norm)
         if config.optimizer.clip_norm:
-            gradients = optax.tree.scale(jnp.minimum(1.0, config.optimizer.clip_norm / grad_norm), gradients)
+            clip = jnp.minimum(1.0, config.optimizer.clip_norm / grad_norm)
+            gradients = jax.tree.map(lambda g: (g * clip).astype(g.dtype), gradients)
         old = (state.model, to_device(state.optimizer, config))
         updates, optimizer_state = optimizer.update(gradients, old[1], state.model)
         new = (optax.apply_updates(state.model, updates), optimizer_state)
