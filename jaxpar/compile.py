@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import data, plan
+from jaxpar import data, memory
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.step import TrainState, batch_spec, init_state, make_train_step
 
@@ -71,18 +71,18 @@ def check_offload(compiled: jax.stages.Compiled, config: Config, mesh: MeshConfi
     Raises:
       ConfigError: what has stayed on the device.
     """
-    memory, stats = config.memory, compiled.memory_analysis()
+    asked, stats = config.memory, compiled.memory_analysis()
     assert stats is not None
-    sizes = plan.activation_bytes(config, mesh)
-    activations = config.model.layers * sum(sizes[name] for name in memory.offloaded)
-    optimizer = plan.state_bytes(config, mesh)["optimizer"] if memory.offload_optimizer else 0
+    sizes = memory.activation_bytes(config, mesh)
+    activations = config.model.layers * sum(sizes[name] for name in asked.offloaded)
+    optimizer = memory.state_bytes(config, mesh)["optimizer"] if asked.offload_optimizer else 0
     missing = {
-        ", ".join(memory.offloaded): activations - stats.host_temp_size_in_bytes,
+        ", ".join(asked.offloaded): activations - stats.host_temp_size_in_bytes,
         "optimizer": optimizer - stats.host_argument_size_in_bytes,
     }
     stayed = [f"{count / 2**20:,.1f} MiB of {name}" for name, count in missing.items() if count > 0]
     if stayed:
         raise ConfigError(
-            f"memory.offload={memory.offload}: the compiler leaves {' and '.join(stayed)} in the memory of the device; "
+            f"memory.offload={asked.offload}: the compiler leaves {' and '.join(stayed)} in the memory of the device; "
             "leave them out (on CPUs all of them: their memory is the host's)"
         )

@@ -1,10 +1,11 @@
-"""Reads collectives out of compiled HLO text: kind, mesh axes, dtype, bytes, and how often a step runs them."""
+"""Reads compiled HLO text: collectives by mesh axis and source line, FLOPs, and what lives at the peak of memory."""
 
 import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,18 +26,51 @@ ITEMSIZE = {
 }
 
 _SHAPE = re.compile(r"\b(" + "|".join(ITEMSIZE) + r")\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])\((.*)")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\((.*)")
+_PACKAGE = str(Path(__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction. `bytes` is the size of its whole (the result of a gather, the input of a scatter)
-    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands."""
+    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `group` is one of the
+    device groups; `source` the line that asked for it, `phase` forward, backward or update; `asynchronous`: it is
+    split into a start and a done, so that other work can run meanwhile."""
 
     kind: str
     axes: tuple[str, ...]
     dtype: str
     bytes: int
+    count: int
+    depth: int
+    group: tuple[int, ...] = ()
+    source: str = ""
+    phase: str = ""
+    asynchronous: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """One array that lives when memory is at its peak. `operation` is jax's name for what made it; of an argument it
+    is the path of the leaf."""
+
+    name: str
+    shape: str
+    bytes: int
+    operation: str
+    source: str
+    argument: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """`rest` is the text after the opening parenthesis; `count` how often a step runs it."""
+
+    computation: str
+    name: str
+    result: str
+    operation: str
+    rest: str
     count: int
     depth: int
 
@@ -46,28 +80,157 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
     A combined collective (a tuple) counts as one, with the bytes of all its parts.
     """
+    groups, source = _axis_groups(mesh), _Sources(text)
     computations, entry = _computations(text)
-    groups = _axis_groups(mesh)
+    made_by = {match[1]: match[4] for body in computations.values() for match in map(_INSTRUCTION.match, body) if match}
+    return [
+        _collective(kind, found, groups, source, _described(found.rest, made_by))
+        for found in _walk(computations, entry)
+        if (kind := found.operation.removesuffix("-start")) in KINDS
+    ]
 
-    def walk(name: str, count: int, depth: int) -> Iterator[Collective]:
+
+def flops(text: str) -> int:
+    """Floating-point operations of matmuls on one device, run by run of every loop: those of dots, of cuBLAS calls and
+    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them."""
+    computations, entry = _computations(text)
+    types: dict[str, dict[str, str]] = {}
+    total = 0
+    for found in _walk(computations, entry):
+        if found.operation != "dot" and "custom_call_target" not in found.rest:
+            continue
+        if found.computation not in types:
+            lines = map(_INSTRUCTION.match, computations[found.computation])
+            types[found.computation] = {match[1]: match[2] for match in lines if match}
+        operands = [types[found.computation].get(name, "") for name in _operands(found.rest)]
+        total += found.count * _matmul_flops(found, operands)
+    return total
+
+
+def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
+    """What lives at the peak, largest first.
+
+    Args:
+      live_ranges: XLA's dump `*-live-range.txt`.
+      text: the module's text.
+    """
+    match = re.search(r"Live ranges at \d+ \(peak\):\n(.*?)(?:\n  \S|\Z)", live_ranges, re.S)
+    assert match, "no peak in the live ranges"
+    computations, entry = _computations(text)
+    source, lines = _Sources(text), {}
+    for name, body in computations.items():
+        lines |= {found[1]: (found, name == entry) for found in map(_INSTRUCTION.match, body) if found}
+    buffers = []
+    for name, index, size in re.findall(r"^ +([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", match[1], re.M):
+        found, in_entry = lines.get(name, (None, False))
+        rest = found[4] if found else ""
+        parts = _types(found[2]) if found else []
+        shape = parts[int(index.split(",")[0])] if index and parts else ", ".join(parts[:1])
+        operation = re.search(r'op_name="([^"]*)"', rest)
+        argument = bool(found) and in_entry and found[3] == "parameter"
+        buffers.append(Buffer(name, shape, int(size), operation[1] if operation else "", source.of(rest), argument))
+    return sorted(buffers, key=lambda buffer: -buffer.bytes)
+
+
+def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instruction]:
+    """Every instruction that a step runs, with how often."""
+
+    def walk(name: str, count: int, depth: int) -> Iterator[_Instruction]:
         for line in computations[name]:
             if not (match := _INSTRUCTION.match(line)):
                 continue
-            result, operation, rest = match.groups()
-            kind = operation.removesuffix("-start")
-            if kind in KINDS:
-                yield _collective(kind, operation, result, rest, groups, count, depth)
-            if operation == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+            found = _Instruction(name, *match.groups(), count, depth)
+            yield found
+            if found.operation == "while":
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest)
                 assert trips, f"a loop of unknown length: {line[:200]}"
-                body = re.search(r"body=%?([\w.\-]+)", rest)
+                body = re.search(r"body=%?([\w.\-]+)", found.rest)
                 assert body
                 yield from walk(body[1], count * int(trips[1]), depth + 1)
-            elif operation in ("call", "fusion", "conditional", "async-start"):
-                for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", rest):
+            elif found.operation in ("call", "fusion", "conditional", "async-start"):
+                for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", found.rest):
                     yield from walk(called, count, depth)
 
-    return list(walk(entry, 1, 0))
+    return walk(entry, 1, 0)
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+
+
+def _types(result: str) -> list[str]:
+    """`dtype[dims]` of every array of a result."""
+    return [f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(result)]
+
+
+def _matmul_flops(found: _Instruction, operands: list[str]) -> int:
+    target = re.search(r'custom_call_target="([^"]*)"', found.rest)
+    dims = [_dims(operand) for operand in operands]
+    if target and "fmha" in target[1]:  # q and k come first, [B, S, H, K]; QK and AV forward, five products backward
+        (B, S, H, K), T = dims[0], dims[1][1]
+        return 2 * B * S * T * H * K * (5 if "Backward" in target[1] else 2)
+    if target and "gemm" not in target[1]:
+        return 0
+    contracted = re.search(r"lhs_contracting_dim(?:s=\{|ensions\":\[\")([\d\",]*)", found.rest)
+    assert contracted, f"a matmul without contracted dimensions: {found.rest[:200]}"
+    inner = math.prod(dims[0][int(dim)] for dim in re.findall(r"\d+", contracted[1]))
+    return 2 * inner * math.prod(_dims(found.result))
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    match = _SHAPE.search(text)
+    assert match, f"no shape in {text[:100]}"
+    return tuple(int(n) for n in match[2].split(",") if n)
+
+
+class _Sources:
+    """The source lines of a module, from the tables at its head."""
+
+    def __init__(self, text: str):
+        def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
+            block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.M)
+            return {int(n): found for n, *found in re.findall(r"(\d+) " + pattern, block[1])} if block else {}
+
+        self._files = table("FileNames", r'"(.*)"')
+        self._functions = table("FunctionNames", r'"(.*)"')
+        self._locations = table("FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+        self._frames = table("StackFrames", r"\{file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
+
+    def of(self, rest: str) -> str:
+        """`model.py:98 Attention.__call__` of an instruction: the line of a module, else of a function, nearest to it;
+        of a line outside of this package where there is none."""
+        match = re.search(r"stack_frame_id=(\d+)", rest)
+        frames = list(self._stack(int(match[1]))) if match else []
+        ours = [frame for frame in frames if frame[0].startswith(_PACKAGE)]
+        modules = [frame for frame in ours if frame[2].endswith("__call__")]
+        for file, line, function in [*modules, *ours, *frames][:1]:
+            name = Path(file).relative_to(_PACKAGE) if file.startswith(_PACKAGE) else Path(*Path(file).parts[-2:])
+            return f"{name}:{line} {function.replace('.<locals>', '')}"
+        return ""
+
+    def _stack(self, number: int) -> Iterator[tuple[str, str, str]]:
+        while number in self._frames:
+            location, parent = self._frames[number]
+            file, function, line = self._locations[int(location)]
+            yield self._files[int(file)][0], line, self._functions[int(function)][0]
+            number = int(parent or 0) - 1  # it is written one too high, so that 1 is none
+
+
+def _described(rest: str, made_by: dict[str, str], steps: int = 8) -> str:
+    """The instruction, or if it was combined of several and so has no source, the nearest of its operands that has."""
+    for _ in range(steps):
+        operands = _operands(rest)
+        if "stack_frame_id" in rest or not operands:
+            break
+        rest = made_by.get(operands[0], "")
+    return rest
+
+
+def _phase(rest: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', rest)
+    if not name or "jvp(" not in name[1]:
+        return "update"
+    return "backward" if "transpose(" in name[1] else "forward"
 
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -90,21 +253,32 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _collective(
-    kind: str, operation: str, result: str, rest: str, groups: dict[frozenset, tuple[str, ...]], count: int, depth: int
+    kind: str, found: _Instruction, groups: dict[frozenset, tuple[str, ...]], source: _Sources, described: str
 ) -> Collective:
+    result, rest, start = found.result, found.rest, found.operation.endswith("-start")
     parts = [(dtype, math.prod(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(result)]
     sizes = [ITEMSIZE[dtype] * n for dtype, n in parts]
     # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts give results alone.
-    if operation.endswith("-start") and (kind != "all-reduce" or result.startswith("((")):
+    if start and (kind != "all-reduce" or result.startswith("((")):
         half = len(sizes) // 2
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
     else:
         total = sum(sizes)
     group = _groups(rest)
-    axes = groups.get(group, ("?",))
-    if kind == "reduce-scatter" and not operation.endswith("-start"):
+    if kind == "reduce-scatter" and not start:
         total *= len(next(iter(group)))
-    return Collective(kind, axes, "+".join(sorted({dtype for dtype, _ in parts})), total, count, depth)
+    return Collective(
+        kind,
+        groups.get(group, ("?",)),
+        "+".join(sorted({dtype for dtype, _ in parts})),
+        total,
+        found.count,
+        found.depth,
+        tuple(sorted(min(group, key=min))) if group else (),
+        source.of(described),
+        _phase(described),
+        start and '"is_sync":true' not in rest,
+    )
 
 
 def _groups(rest: str) -> frozenset:

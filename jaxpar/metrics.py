@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import jax
 import numpy as np
 
-from jaxpar import __version__, plan
+from jaxpar import __version__, counts, hardware
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ class Metrics:
         self._tokens = config.train.batch_size * config.data.sequence_length
         self._tokens_before = start_samples * config.data.sequence_length
         self._start_step = start_step
-        self._flops = plan.step_flops(config).per_step
-        peak = plan.peak_flops(jax.devices()[0].device_kind, config.precision.compute)
+        self._flops = counts.step_flops(config).per_step
+        peak = hardware.peak_flops(jax.devices()[0].device_kind, config.precision.compute)
         self._peak = None if peak is None else peak * mesh.devices
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._clock = _Clock()

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import cli, data, plan
+from jaxpar import cli, counts, data, memory
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
 from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
@@ -99,15 +99,15 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
     """What is about to run, for the head of the log."""
     sizes = MeshConfig(*mesh.devices.shape)
     device = mesh.devices.flat[0]
-    state = plan.state_bytes(config, sizes)
+    state = memory.state_bytes(config, sizes)
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     lines = [
         f"devices   {mesh.size} x {device.device_kind}, {processes}; mesh {sizes}",
-        f"model     {plan.parameter_count(config.model):,} parameters; a device holds "
+        f"model     {counts.parameter_count(config.model):,} parameters; a device holds "
         f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of optimizer state"
         + " in host memory"
         * config.memory.offload_optimizer,
-        f"batch     {plan.describe_batch(config, sizes)}",
+        f"batch     {counts.describe_batch(config, sizes)}",
         f"data      {corpus}",
     ]
     if corpus.unigram_entropy is not None:

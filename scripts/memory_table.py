@@ -33,7 +33,7 @@ def compile_case(spec: dict) -> dict[str, Any]:
     """Compiles one case in this process."""
     import jax
 
-    from jaxpar import plan
+    from jaxpar import counts, hardware, memory
     from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
     from jaxpar.config import MeshConfig
     from jaxpar.hlo import collectives
@@ -45,7 +45,7 @@ def compile_case(spec: dict) -> dict[str, Any]:
         raw[group].update(fields)
     config, sizes = resolve(raw), MeshConfig(**spec["mesh"])
     validate_mesh(config, sizes)
-    target = (ROOT / "scripts" / "gpus" / f"{spec['gpu']}.txtpb").read_text()
+    target = hardware.find(spec["gpu"]).target
     mesh = make_mesh(sizes, absent_gpus(target, spec["topology"]))
     state = abstract_state(config, mesh)
     begin = time.perf_counter()
@@ -69,8 +69,8 @@ def compile_case(spec: dict) -> dict[str, Any]:
         params=str(jax.tree.leaves(state.model)[0].dtype),
         zero=any("data" in str(spec) for spec in optimizer),
         kept=config.model.layers
-        * sum(size for name, size in plan.activation_bytes(config, sizes).items() if name in config.memory.kept),
-        again=recomputed(config) / plan.step_flops(config).per_token,
+        * sum(size for name, size in memory.activation_bytes(config, sizes).items() if name in config.memory.kept),
+        again=recomputed(config) / counts.step_flops(config).per_token,
     )
 
 
@@ -230,7 +230,7 @@ pass under every policy.
 
 {policies}
 
-`kept` is the arithmetic of `plan.activation_bytes`: the named activations of all layers. `FLOPs more` counts the
+`kept` is the arithmetic of `memory.activation_bytes`: the named activations of all layers. `FLOPs more` counts the
 matmuls that a policy computes again against those of the model (causal attention counted once). `memory.offload` copies
 over PCIe while the step computes; a host holds the figure of each of its devices. What it costs in time is not
 predicted here.

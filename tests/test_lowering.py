@@ -8,12 +8,11 @@ the elements of all layers' matrices and of embedding and head; `A` is the bytes
 import functools
 import math
 import re
-from pathlib import Path
 
 import jax
 import pytest
 
-from jaxpar import plan
+from jaxpar import counts, hardware, memory
 from jaxpar.compile import absent_gpus, abstract_state, check_offload, compile_train_step
 from jaxpar.config import ACTIVATIONS, Config, ConfigError, MeshConfig, configure
 from jaxpar.hlo import Collective, collectives, shapes
@@ -30,7 +29,7 @@ SMALL = 64 * 1024
 @functools.cache
 def h100s():
     """Eight H100s on one host."""
-    return absent_gpus((Path(__file__).parents[1] / "scripts" / "gpus" / "h100.txtpb").read_text(), "1x1x8")
+    return absent_gpus(hardware.find("h100").target, "1x1x8")
 
 
 def make_config(
@@ -70,7 +69,7 @@ def total(found: list[Collective], kind: str, axis: str) -> int:
 
 def weights(config: Config) -> tuple[int, int]:
     """Elements of the matrices of all layers, and of embedding and head together."""
-    sizes = {name: math.prod(shape) for name, shape in plan.parameter_shapes(config.model).items()}
+    sizes = {name: math.prod(shape) for name, shape in counts.parameter_shapes(config.model).items()}
     layers = sum(size for name, size in sizes.items() if name.startswith("layers.") and "scale" not in name)
     return layers, sizes["embedding"] + sizes.get("head", sizes["embedding"])
 
@@ -245,8 +244,8 @@ def test_offload_leaves_the_device(sizes):
     config = make_config(sizes, remat="full", offload=",".join((*ACTIVATIONS, "optimizer")))
     compiled, _ = compile_step(config, sizes, "gpu")
     check_offload(compiled, config, sizes)
-    stats, state = compiled.memory_analysis(), plan.state_bytes(config, sizes)
-    assert stats.host_temp_size_in_bytes == config.model.layers * sum(plan.activation_bytes(config, sizes).values())
+    stats, state = compiled.memory_analysis(), memory.state_bytes(config, sizes)
+    assert stats.host_temp_size_in_bytes == config.model.layers * sum(memory.activation_bytes(config, sizes).values())
     assert stats.host_argument_size_in_bytes == stats.host_alias_size_in_bytes == state["optimizer"]
     assert stats.alias_size_in_bytes < state["parameters"] + SMALL
 

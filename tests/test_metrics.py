@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpar import metrics, plan
+from jaxpar import counts, metrics
 from jaxpar.config import Config, LogConfig, MeshConfig, TrainConfig
 from jaxpar.metrics import Metrics
 
@@ -143,7 +143,7 @@ def test_mfu_and_memory_where_the_hardware_tells(tmp_path, clock, h100):
             clock.now += 0.1
         writer.step(3, values_of(1.0))
     row = rows_of(tmp_path)[1]
-    assert row["mfu"] == pytest.approx(plan.step_flops(config).per_step / (0.1 * 4 * 989.4e12))
+    assert row["mfu"] == pytest.approx(counts.step_flops(config).per_step / (0.1 * 4 * 989.4e12))
     assert row["peak_bytes"] == 7 * 2**30
 
 
