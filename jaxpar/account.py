@@ -150,7 +150,15 @@ class Parts:
         dims = _dims(shape)
         if dims in self._stored:
             return "gradients"
-        if self._vocabulary & set(dims):
+        if (
+            self._vocabulary & set(dims)
+            and not buffer.source.startswith(("model.py", "attention.py"))
+            or (
+                self._vocabulary & set(dims)
+                and "Llama.__call__" in buffer.source
+                and "/while/body/closed_call/jvp()/while" not in buffer.operation
+            )
+        ):
             return "vocabulary"
         if len(shape) > 2 and shape[0] == self._layers:
             return "activations"

@@ -9,46 +9,20 @@ cheapest changes that would make it fit.
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from jaxpar import cli
-from jaxpar.config import Config, ConfigError
-from jaxpar.hardware import NAMES, Hardware, find, topology_size
+from rich.console import Console
+from rich.table import Column, Table
+
+from jaxpar import cli, remedy
+from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar.config import Config, ConfigError, MeshConfig
+from jaxpar.hardware import NAMES, find
+from jaxpar.memory import RESERVE, peak_memory
 from jaxpar.validation import resolve_mesh, validate_mesh
-
-RESERVE = 2 * 2**30
-"""Bytes of a GPU that no program gets: the CUDA context and NCCL's buffers, 1 to 2 GiB."""
-
-
-class CompileFailed(RuntimeError):
-    """The compiler crashed, raised or took too long; the message says what it said last."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Where to compile for: GPUs that are not there, simulated CPU devices, or, with neither, this machine."""
-
-    hardware: Hardware | None = None
-    topology: str = ""
-    cpu_devices: int = 0
-
-    @property
-    def devices(self) -> int | None:
-        """Their number, where it is known before jax starts."""
-        if not self.hardware:
-            return self.cpu_devices or None
-        domains, hosts, gpus = topology_size(self.topology)
-        return domains * hosts * gpus
 
 
 def find_target(request: cli.Request) -> Target:
@@ -78,105 +52,148 @@ def find_target(request: cli.Request) -> Target:
     return target
 
 
-def compiler_path() -> list[str]:
-    """Where python finds modules, and the place for a GPU compiler that only this command is to find."""
-    return [path or str(Path.cwd()) for path in sys.path] + [str(Path(sys.prefix) / "gpu-compiler")]
-
-
-def check_gpu_compiler() -> None:
-    """Refuses to compile for GPUs without jax's CUDA plugin.
+def explain(config: Config, request: cli.Launch, target: Target, timeout: float) -> dict[str, Any]:
+    """The whole report; where the step does not fit, with compiled remedies.
 
     Raises:
-      ConfigError: with the command that installs it.
+      ConfigError: the mesh does not fit the devices.
+      CompileFailed: the step as it is could not be compiled.
     """
-    if any(PathFinder.find_spec(f"jax_cuda{n}_plugin", compiler_path()) for n in (12, 13)):
-        return
-    version = importlib.metadata.version("jax")
-    raise ConfigError(
-        "compiling for GPUs that are not there needs jax's CUDA plugin (300 MB, no GPU, no CUDA); install it with\n"
-        f"  {sys.executable} -m pip install --no-deps --target {Path(sys.prefix) / 'gpu-compiler'} "
-        f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
-    )
+    report = compile_report(config, request.mesh, target, timeout)
+    peak, capacity = report["memory"]["peak"], report["capacity"]
+    room = capacity - RESERVE if capacity and target.hardware else capacity
+    report |= {"room": room, "fits": None if room is None else peak <= room, "remedies": []}
+    if report["fits"] is False:
+        mesh = MeshConfig(**report["mesh"])
+        report["remedies"] = compile_remedies(config, mesh, target, peak, room, timeout)
+    if target.hardware and report["fits"] and peak > 0.75 * capacity:
+        report["warnings"].append(
+            "jax takes 75% of a GPU's memory unless it is told otherwise; start this run with "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+        )
+    return report
 
 
-def compile_report(config: Config, mesh: Mapping[str, int | None], target: Target, timeout: float) -> dict[str, Any]:
-    """The account of `account.py`, with `warnings`, from a process of its own.
-
-    Raises:
-      ConfigError: the mesh does not fit the devices of this machine.
-      CompileFailed: it crashed, raised, or took longer than `timeout` seconds.
-    """
-    with tempfile.TemporaryDirectory(prefix="jaxpar-") as dump:
-        request = {
-            "config": dataclasses.asdict(config),
-            "mesh": dict(mesh),
-            "hardware": dataclasses.asdict(target.hardware) if target.hardware else None,
-            "topology": target.topology,
-            "cpu_devices": target.cpu_devices,
-            "dump": dump,
-        }
+def compile_remedies(
+    config: Config, mesh: MeshConfig, target: Target, peak: int, room: int, timeout: float, most: int = 3
+) -> list[dict[str, Any]]:
+    """The cheapest changes, compiled in order of predicted time until `most` of them fit; at most twice as many."""
+    gpu = target.hardware or find("h100")  # for the order alone
+    scale = peak / peak_memory(config, mesh).total
+    tried: list[dict[str, Any]] = []
+    for change in remedy.changes(config, mesh, gpu, room=room, scale=scale)[: 2 * most]:
+        if sum(row["fits"] for row in tried) == most:
+            break
         try:
-            run = subprocess.run(
-                [sys.executable, "-m", "jaxpar.account"],
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                env=_environment(target, dump),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompileFailed(f"compiling took longer than --timeout={timeout:g} s and was stopped") from error
-    if run.returncode == 2 and run.stderr.rpartition("error: ")[1]:
-        raise ConfigError(run.stderr.rpartition("error: ")[2].strip())
-    if run.returncode:
-        lines = [line for line in run.stderr.splitlines() if line.strip() and not _NOISE.search(line)]
-        how = f"was ended by signal {-run.returncode}" if run.returncode < 0 else f"failed with code {run.returncode}"
-        raise CompileFailed("\n  ".join([f"the compiler's process {how}; it said last:", *lines[-8:]]))
-    return json.loads(run.stdout.splitlines()[-1]) | {"warnings": plain_warnings(run.stderr)}
-
-
-def _environment(target: Target, dump: str) -> dict[str, str]:
-    flags = [
-        os.environ.get("XLA_FLAGS", ""),
-        f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_train_step",
-    ]
-    version = tuple(int(part) for part in importlib.metadata.version("jax").split(".")[:2])
-    if target.hardware and version >= (0, 12):
-        flags.append("--xla_gpu_experimental_use_collective_kernels=")  # aborts for some topologies
-    environment = os.environ | {
-        "XLA_FLAGS": " ".join(flags).strip(),
-        "PYTHONPATH": os.pathsep.join(compiler_path()),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    if target.hardware or target.cpu_devices:
-        environment["JAX_PLATFORMS"] = "cpu"
-    return environment
-
-
-_NOISE = re.compile(r"cuda drivers|absl::InitializeLog|cudart_stub|^\s*$")
-_CANNOT_FIT = re.compile(r"Can't reduce memory use below ([\d.]+\s*\w+).*?only reduced to ([\d.]+\s*\w+)", re.S)
-_REMATERIALIZATION = re.compile(r"Involuntary full rematerialization.*?from sharding (\{.*?\}) to (\{.*?\})", re.S)
-
-
-def plain_warnings(said: str) -> list[str]:
-    """What XLA said on file descriptor 2, in plain words, each once; what is not known as it is."""
-    warnings = []
-    for limit, reached in _CANNOT_FIT.findall(said):
-        warnings.append(
-            f"The compiler wanted to stay below {limit} a device and could not get below {reached}: it recomputed what "
-            "it could, and the step will likely run out of memory."
+            report = compile_report(change.config, dataclasses.asdict(change.mesh), target, timeout)
+        except CompileFailed:
+            continue
+        compiled = report["memory"]["peak"]
+        tried.append(
+            {
+                "flags": change.flags,
+                "peak": compiled,
+                "fits": compiled <= room,
+                "predicted_step_seconds": change.seconds,
+            }
         )
-    for before, after in _REMATERIALIZATION.findall(said):
-        warnings.append(
-            f"An array had to be gathered whole on every device to bring it from sharding {before} to {after}: this "
-            "costs memory and traffic that nobody asked for, and is a fault of the program's shardings."
+    return [row for row in tried if row["fits"]]
+
+
+def print_report(report: dict[str, Any], rows: int) -> None:
+    """Tables for the terminal, of at most so many rows."""
+    console = Console()
+    mesh = MeshConfig(**report["mesh"])
+    console.print(f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:", highlight=False)
+    for table in (
+        memory_table(report),
+        leaf_table(report, rows),
+        buffer_table(report, rows),
+        traffic_table(report, rows),
+    ):
+        console.print(table)
+    print(f"matmuls and attention: {report['flops'] / 1e12:,.2f} TFLOP")
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    print_verdict(report)
+
+
+def memory_table(report: dict[str, Any]) -> Table:
+    """What the peak is made of, the largest first."""
+    memory, room = report["memory"], report["room"]
+    of = f" of {gib(room)}" if room else ""
+    table = Table("memory", _number("GiB"), Column("", ratio=1), title=f"peak {gib(memory['peak'])} GiB{of}")
+    for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
+        bar = "█" * round(40 * size / max(memory["peak"], room or 0))
+        table.add_row(remedy.NAMES[name], gib(size), bar)
+    return table
+
+
+def leaf_table(report: dict[str, Any], rows: int) -> Table:
+    """Parameters and optimizer state, the largest first."""
+    leaves = sorted(report["by_parameter"], key=lambda leaf: -leaf["bytes_per_device"])
+    table = Table(
+        *("leaf", "shape", "dtype", "sharding", _number("MiB")),
+        title=f"the {min(rows, len(leaves))} largest of {len(leaves)} leaves that a device holds between steps",
+    )
+    for leaf in leaves[:rows]:
+        table.add_row(leaf["name"], str(leaf["shape"]), leaf["dtype"], leaf["sharding"], mib(leaf["bytes_per_device"]))
+    return table
+
+
+def buffer_table(report: dict[str, Any], rows: int) -> Table:
+    """Temporary arrays that live at the peak."""
+    found = report["temporaries"]
+    title = f"the {min(rows, len(found))} largest of {len(found)} temporaries at the peak"
+    table = Table("shape", _number("MiB"), "for", "made by", title=title)
+    for buffer in found[:rows]:
+        made_by = buffer["source"] or buffer["operation"] or "the compiler"
+        table.add_row(buffer["shape"], mib(buffer["bytes"]), remedy.NAMES[buffer["part"]], made_by)
+    return table
+
+
+def traffic_table(report: dict[str, Any], rows: int) -> Table:
+    """Collectives, the longest first."""
+    found = report["collectives"]
+    title = f"the {min(rows, len(found))} longest of {len(found)} collectives; ms at link speed, of all times"
+    numbers = (_number(name) for name in ("times", "MiB each", "MiB", "ms"))
+    table = Table("collective", "axes", "dtype", *numbers, "async", "for", title=title)
+    for row in found[:rows]:
+        sizes = f"{row['count']:,}", mib(row["size"]), mib(row["bytes"])
+        ms = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.2f}"
+        waits = "yes" if row["asynchronous"] else "no"
+        made_by = f"{row['source'] or 'the compiler'} ({row['phase']})"
+        table.add_row(row["op"], "+".join(row["axes"]), row["dtype"], *sizes, ms, waits, made_by)
+    return table
+
+
+def _number(name: str) -> Column:
+    return Column(name, justify="right")
+
+
+def print_verdict(report: dict[str, Any]) -> None:
+    """Whether it fits, and what would."""
+    if report["fits"] is None:
+        return
+    peak, room = gib(report["memory"]["peak"]), gib(report["room"])
+    if report["fits"]:
+        print(f"fits: {peak} GiB of {room} GiB, besides {gib(RESERVE)} GiB for the CUDA context and NCCL")
+        return
+    print(f"DOES NOT FIT: {peak} GiB of {room} GiB; most of it for {remedy.blame(report['memory']['parts'])}")
+    for row in report["remedies"]:
+        print(f"  {gib(row['peak'])} GiB with {row['flags']}")
+    if not report["remedies"]:
+        print(
+            "  no change of remat, microbatches, sharding or mesh on these devices was found to fit: use more devices"
         )
-    known = ("Can't reduce memory use", "Involuntary full remat")
-    for line in said.splitlines():
-        if re.match(r"^[WE]\d{4} ", line) and not _NOISE.search(line) and not any(text in line for text in known):
-            warnings.append(line.partition("] ")[2] or line)
-    return list(dict.fromkeys(warnings))
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:,.1f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         hardware=cli.Option(None, f"GPUs that are not there: {', '.join(NAMES)}, or a TOML file"),
         topology=cli.Option(None, "NVLink domains x hosts in each x GPUs in each, as 8x1x8 (default: from the mesh)"),
         timeout=cli.Option(600.0, "seconds that one compilation may take"),
+        rows=cli.Option(12, "rows of each table"),
         json=cli.Option(None, "write the account as JSON to this file; - is standard output, and nothing else"),
         html=cli.Option(None, "write a page to this file"),
     )
@@ -197,13 +215,17 @@ def main(argv: list[str] | None = None) -> int:
     if target.devices:
         validate_mesh(request.config, resolve_mesh(request.mesh, target.devices))
     try:
-        report = compile_report(request.config, request.mesh, target, request.options["timeout"])
+        report = explain(request.config, request, target, request.options["timeout"])
     except CompileFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if output == "-":
         print(json.dumps(report))
-    return 0
+    else:
+        print_report(report, request.options["rows"])
+        if output:
+            Path(output).write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if report["fits"] is False else 0
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instructi
         for line in computations[name]:
             if not (match := _INSTRUCTION.match(line)):
                 continue
-            found = _Instruction(name, *match.groups(), count, depth)
+            found = _Instruction(name, match[1], match[2], match[3], match[4], count, depth)
             yield found
             if found.operation == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest)
@@ -189,7 +189,7 @@ class _Sources:
     def __init__(self, text: str):
         def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
             block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.M)
-            return {int(n): found for n, *found in re.findall(r"(\d+) " + pattern, block[1])} if block else {}
+            return {int(n): tuple(found) for n, *found in re.findall(r"(\d+) " + pattern, block[1])} if block else {}
 
         self._files = table("FileNames", r'"(.*)"')
         self._functions = table("FunctionNames", r'"(.*)"')

@@ -1,9 +1,100 @@
 """What a device holds, counted: state, activations, and the peak of a training step. Needs no device."""
 
+import dataclasses
 import math
 
 from jaxpar.config import Config, MeshConfig
 from jaxpar.counts import ITEMSIZE, Shape, is_matrix, parameter_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Bytes of a device when it holds the most. `gradients`: sums, and those of one microbatch; `activations`: kept for
+    the backward pass; `vocabulary`: chunk of logits, head and embedding as gathered, and their gradients; `weights`: as
+    gathered; `stash`: inputs of pipeline stages that wait for their backward pass; `working`: what the layer at work
+    needs; `gaps`: between buffers, which cannot all be packed."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    vocabulary: int
+    weights: int
+    stash: int
+    working: int
+    batch: int
+    gaps: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+RESERVE = 2 * 2**30
+"""Bytes of a GPU that no program gets: the CUDA context and NCCL's buffers, 1 to 2 GiB."""
+
+GAPS = 0.05
+"""Of the temporary buffers at the peak."""
+
+
+def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
+    """Predicted peak of one training step on a device, without the CUDA context and NCCL's buffers.
+
+    The largest of three moments: the loss, the layers' backward pass, and the gradient of the embedding.
+
+    Args:
+      config: the run.
+      mesh: sizes of the axes.
+      chunks: parts of the model that each pipeline stage holds.
+    """
+    state = state_bytes(config, mesh)
+    sizes = activation_bytes(config, mesh)
+    train, model, stages = config.train, config.model, mesh.pipeline
+    L = model.layers // stages
+    sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
+    tokens = sequences * config.data.sequence_length // mesh.sequence
+    compute = ITEMSIZE[config.precision.compute]
+    residual = compute * tokens * model.dim
+    kept = sum(sizes[name] for name in config.memory.kept)
+    stash = 0
+    if stages > 1:  # stage inputs in flight; a stage's own activations live only during its backward pass
+        stash = sizes["residual"] * min(
+            2 * stages - 1 if chunks == 1 else 2 * chunks * stages, train.microbatches * chunks
+        )
+        L //= chunks
+    ends = model.vocab_size * model.dim // (mesh.tensor * stages)
+    shapes = parameter_shapes(model)
+    matrices = sum(math.prod(s) for name, s in shapes.items() if name.startswith("layers.") and is_matrix(name))
+    matrices //= mesh.tensor * stages
+    layer = matrices // (model.layers // stages)
+    once = gathers_once(config, mesh) and mesh.fsdp > 1
+    zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
+    weights = compute * (matrices + ends) // (1 if once else mesh.fsdp) if once or zero else 0
+    sums = state["gradients"] if train.microbatches > 1 else 0
+    chunk = min(config.loss.chunk, tokens)
+    logits = 10 * chunk * model.vocab_size // (mesh.tensor * stages)
+    activations = kept * L
+    loss = dict(gradients=sums, vocabulary=logits + (compute + 4) * ends, working=3 * residual)
+    one = sum(sizes.values())
+    backward = dict(
+        gradients=sums + state["gradients"],
+        vocabulary=compute * ends,
+        weights=weights + 2 * compute * layer,
+        working=2 * one,
+    )
+    embedding = dict(gradients=sums + state["gradients"], vocabulary=(compute + 4) * ends, working=residual)
+    moments = [dict(activations=activations, **loss), dict(activations=activations, **backward), embedding]
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    worst = dict(activations=0, weights=weights) | worst
+    batch = 16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence)
+    gaps = int(GAPS * (sum(worst.values()) + stash))
+    offloaded = state["optimizer"] if config.memory.offload_optimizer else 0
+    return Peak(state["parameters"], state["optimizer"] - offloaded, stash=stash, batch=batch, gaps=gaps, **worst)
+
+
+def gathers_once(config: Config, mesh: MeshConfig) -> bool:
+    """Whether weights are gathered over `fsdp` once a step: as asked, and always in a pipeline."""
+    return config.parallel.gather == "per_step" or mesh.pipeline > 1
 
 
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
@@ -15,8 +106,9 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     gathered once a step are left out.
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
-    stored_shards = mesh.fsdp * mesh.tensor * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
-    gradient_shards = mesh.tensor * (mesh.fsdp if config.parallel.gather == "per_layer" else 1)
+    split_always = mesh.tensor * mesh.pipeline
+    stored_shards = split_always * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    gradient_shards = split_always * (1 if gathers_once(config, mesh) else mesh.fsdp)
     parameters = optimizer = gradients = 0
     for name, shape in parameter_shapes(config.model).items():
         split, gradient_split = (stored_shards, gradient_shards) if is_matrix(name) else (1, 1)

@@ -1,11 +1,148 @@
-"""Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their links, bubble."""
+"""Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their links, bubble.
 
+The constants are shares of a peak. None was measured with jaxpar on a GPU yet: `MATMUL` and `COPY` are what an H200
+reached on plain matmuls and copies (788 of 989 TFLOP/s, 4.3 of 4.8 TB/s), the others are assumptions.
+"""
+
+import dataclasses
+import math
+
+from jaxpar.config import AXES, Config, MeshConfig
+from jaxpar.counts import ITEMSIZE, parameter_count, step_flops
 from jaxpar.hardware import Hardware
+from jaxpar.traffic import Transfer, transfers
+
+MATMUL = 0.80
+"""Of the dense peak, for matmuls that fill the GPU."""
+
+ATTENTION = 0.55
+"""Of the dense peak, for fused attention, forward and backward together."""
+
+COPY = 0.90
+"""Of the memory bandwidth."""
+
+LINK = 0.80
+"""Of the bandwidth of links and network, for large collectives."""
+
+HIDDEN = 0.90
+"""Of the computation beside which collectives can run that nothing waits for; they slow it down a little."""
+
+HALF = 256
+"""Width of a matmul at which it runs at half of its rate: tiles are left empty, and launches show."""
 
 LATENCY = 10e-6
 """Seconds that a collective takes however small it is."""
 
+HOP = {True: 1e-6, False: 4e-6}
+"""Seconds of every step of a ring, over fast links or over the network."""
+
 _ROUNDS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step. `exposed` is by axes, what the computation waits for; `hidden` runs beside it."""
+
+    matmul: float
+    attention: float
+    memory: float
+    exposed: dict[str, float]
+    hidden: dict[str, float]
+    bubble: float
+
+    @property
+    def compute(self) -> float:
+        return self.matmul + self.attention + self.memory
+
+    @property
+    def total(self) -> float:
+        return self.compute + sum(self.exposed.values()) + self.bubble
+
+
+def step_time(config: Config, mesh: MeshConfig, hardware: Hardware, *, chunks: int = 1) -> StepTime:
+    """Predicted time of one training step.
+
+    Args:
+      config: the run.
+      mesh: sizes of the axes, laid out with `tensor` innermost.
+      hardware: rates and links.
+      chunks: parts of the model that each pipeline stage holds.
+    """
+    matmul, attention, memory = _compute(config, mesh, hardware)
+    found = transfers(config, mesh, chunks=chunks)
+    exposed: dict[str, float] = {}
+    hidden: dict[str, float] = {}
+    for transfer in found:
+        seconds = transfer.count * _seconds(transfer, mesh, hardware)
+        into = hidden if transfer.hidden else exposed
+        name = "+".join(transfer.axes)
+        into[name] = into.get(name, 0.0) + seconds
+    cover = HIDDEN * (matmul + attention)
+    late = max(0.0, sum(hidden.values()) - cover)  # what does not fit beside the computation
+    if late:
+        share = late / sum(hidden.values())
+        for name, seconds in hidden.items():
+            exposed[name] = exposed.get(name, 0.0) + share * seconds
+    busy = matmul + attention + sum(exposed.values())
+    bubble = busy * (mesh.pipeline - 1) / (chunks * config.train.microbatches)
+    return StepTime(matmul, attention, memory, exposed, hidden, bubble)
+
+
+def bubble_fraction(microbatches: int, stages: int, chunks: int = 1) -> float:
+    """Share of a pipeline's time in which a stage is idle (Narayanan et al., 2021)."""
+    return (stages - 1) / (chunks * microbatches + stages - 1)
+
+
+def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[float, float, float]:
+    """Seconds of matmuls, of attention, and of what only moves memory, on one device."""
+    model, train = config.model, config.train
+    flops = step_flops(config)
+    peak = hardware.peaks.get(config.precision.compute, hardware.peaks["float32"])
+    tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
+    rows = tokens / train.microbatches
+    shards = mesh.tensor * mesh.pipeline
+    again_matmul, again_attention = recomputed(config)
+    narrow = min(rows, model.dim, model.ffn_dim / mesh.tensor, model.heads * model.head_dim / mesh.tensor)
+    rate = MATMUL * peak * narrow / (narrow + HALF)
+    matmul = tokens * (flops.matmul + again_matmul) / shards / rate
+    attention = tokens * (flops.attention + again_attention) / shards / (ATTENTION * peak)
+    bandwidth = COPY * hardware.memory_bandwidth
+    item = ITEMSIZE[config.precision.compute]
+    whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
+    # Read and written by norms, rotation, SwiGLU and residual, forward and twice as much backward.
+    moved = 3 * item * (10 * whole + (4 * model.ffn_dim + 4 * model.heads * model.head_dim) / mesh.tensor)
+    elementwise = tokens * moved * model.layers / mesh.pipeline / bandwidth
+    zero = mesh.data if config.parallel.optimizer_sharding == "data" else 1
+    stored = parameter_count(model) / (shards * mesh.fsdp * zero)
+    update = 28 * stored / bandwidth  # AdamW: gradient, parameter and two moments, the last three read and written
+    return matmul, attention, elementwise + update
+
+
+def recomputed(config: Config) -> tuple[int, int]:
+    """Operations a token that the remat policy adds: in matmuls, in attention (causal half)."""
+    m, kept = config.model, config.memory.kept + config.memory.offloaded
+    queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    costs = dict(query=2 * m.dim * queries, key=2 * m.dim * keys, value=2 * m.dim * keys)
+    costs |= dict(attention_output=2 * m.dim * queries, gate=2 * m.dim * m.ffn_dim, up=2 * m.dim * m.ffn_dim)
+    matmul = m.layers * sum(cost for name, cost in costs.items() if name not in kept)
+    return matmul, 0 if "attention" in kept else m.layers * 2 * queries * config.data.sequence_length
+
+
+def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
+    devices = math.prod(getattr(mesh, axis) for axis in transfer.axes)
+    near = members_near(transfer.axes, mesh, hardware.domain)
+    return collective_seconds(transfer.kind, transfer.size, devices, near, hardware)
+
+
+def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
+    """How many members of a device's group over `axes` sit in its domain of fast links, inner axes first."""
+    near, stride = 1, 1
+    for axis in reversed(AXES):
+        size = getattr(mesh, axis)
+        if axis in axes:
+            near *= max(1, min(size, domain // stride))
+        stride *= size
+    return near
 
 
 def collective_seconds(kind: str, size: float, devices: int, near: int, hardware: Hardware) -> float:
@@ -23,4 +160,5 @@ def collective_seconds(kind: str, size: float, devices: int, near: int, hardware
     """
     bandwidth = hardware.link if near >= devices else min(hardware.link, hardware.network * near)
     share = 1.0 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1) / devices
-    return LATENCY + share * size / bandwidth if devices > 1 else 0.0
+    steps = 1 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1)
+    return LATENCY + steps * HOP[near >= devices] + share * size / (LINK * bandwidth)

@@ -1,0 +1,139 @@
+"""Compiles a step in a process of its own, with a timeout, for devices that may be absent. Never imports jax."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from jaxpar.config import Config, ConfigError
+from jaxpar.hardware import Hardware, topology_size
+
+
+class CompileFailed(RuntimeError):
+    """The compiler crashed, raised or took too long; the message says what it said last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where to compile for: GPUs that are not there, simulated CPU devices, or, with neither, this machine."""
+
+    hardware: Hardware | None = None
+    topology: str = ""
+    cpu_devices: int = 0
+
+    @property
+    def devices(self) -> int | None:
+        """Their number, where it is known before jax starts."""
+        if not self.hardware:
+            return self.cpu_devices or None
+        domains, hosts, gpus = topology_size(self.topology)
+        return domains * hosts * gpus
+
+
+def compiler_path() -> list[str]:
+    """Where python finds modules, and the place for a GPU compiler that only this command is to find."""
+    return [path or str(Path.cwd()) for path in sys.path] + [str(Path(sys.prefix) / "gpu-compiler")]
+
+
+def check_gpu_compiler() -> None:
+    """Refuses to compile for GPUs without jax's CUDA plugin.
+
+    Raises:
+      ConfigError: with the command that installs it.
+    """
+    if any(PathFinder.find_spec(f"jax_cuda{n}_plugin", compiler_path()) for n in (12, 13)):
+        return
+    version = importlib.metadata.version("jax")
+    raise ConfigError(
+        "compiling for GPUs that are not there needs jax's CUDA plugin (300 MB, no GPU, no CUDA); install it with\n"
+        f"  {sys.executable} -m pip install --no-deps --target {Path(sys.prefix) / 'gpu-compiler'} "
+        f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
+    )
+
+
+def compile_report(config: Config, mesh: Mapping[str, int | None], target: Target, timeout: float) -> dict[str, Any]:
+    """The account of `account.py`, with `warnings`, from a process of its own.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices of this machine.
+      CompileFailed: it crashed, raised, or took longer than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="jaxpar-") as dump:
+        request = {
+            "config": dataclasses.asdict(config),
+            "mesh": dict(mesh),
+            "hardware": dataclasses.asdict(target.hardware) if target.hardware else None,
+            "topology": target.topology,
+            "cpu_devices": target.cpu_devices,
+            "dump": dump,
+        }
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "jaxpar.account"],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                env=_environment(target, dump),
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CompileFailed(f"compiling took longer than --timeout={timeout:g} s and was stopped") from error
+    if run.returncode == 2 and run.stderr.rpartition("error: ")[1]:
+        raise ConfigError(run.stderr.rpartition("error: ")[2].strip())
+    if run.returncode:
+        lines = [line for line in run.stderr.splitlines() if line.strip() and not _NOISE.search(line)]
+        how = f"was ended by signal {-run.returncode}" if run.returncode < 0 else f"failed with code {run.returncode}"
+        raise CompileFailed("\n  ".join([f"the compiler's process {how}; it said last:", *lines[-8:]]))
+    return json.loads(run.stdout.splitlines()[-1]) | {"warnings": plain_warnings(run.stderr)}
+
+
+def _environment(target: Target, dump: str) -> dict[str, str]:
+    flags = [
+        os.environ.get("XLA_FLAGS", ""),
+        f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_train_step",
+    ]
+    version = tuple(int(part) for part in importlib.metadata.version("jax").split(".")[:2])
+    if target.hardware and version >= (0, 12):
+        flags.append("--xla_gpu_experimental_use_collective_kernels=")  # aborts for some topologies
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join(flags).strip(),
+        "PYTHONPATH": os.pathsep.join(compiler_path()),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    if target.hardware or target.cpu_devices:
+        environment["JAX_PLATFORMS"] = "cpu"
+    return environment
+
+
+_NOISE = re.compile(r"cuda drivers|absl::InitializeLog|cudart_stub|^\s*$")
+_CANNOT_FIT = re.compile(r"Can't reduce memory use below ([\d.]+\s*\w+).*?only reduced to ([\d.]+\s*\w+)", re.S)
+_REMATERIALIZATION = re.compile(r"Involuntary full rematerialization.*?from sharding (\{.*?\}) to (\{.*?\})", re.S)
+
+
+def plain_warnings(said: str) -> list[str]:
+    """What XLA said on file descriptor 2, in plain words, each once; what is not known as it is."""
+    warnings = []
+    for limit, reached in _CANNOT_FIT.findall(said):
+        warnings.append(
+            f"The compiler wanted to stay below {limit} a device and could not get below {reached}: it recomputed what "
+            "it could, and the step will likely run out of memory."
+        )
+    for before, after in _REMATERIALIZATION.findall(said):
+        warnings.append(
+            f"An array had to be gathered whole on every device to bring it from sharding {before} to {after}: this "
+            "costs memory and traffic that nobody asked for, and is a fault of the program's shardings."
+        )
+    known = ("Can't reduce memory use", "Involuntary full remat")
+    for line in said.splitlines():
+        if re.match(r"^[WE]\d{4} ", line) and not _NOISE.search(line) and not any(text in line for text in known):
+            warnings.append(line.partition("] ")[2] or line)
+    return list(dict.fromkeys(warnings))

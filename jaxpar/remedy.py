@@ -1,0 +1,125 @@
+"""What to change when a step does not fit: the category to blame, and changes in order of what they cost in time."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxpar import plan
+from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
+from jaxpar.hardware import Hardware
+from jaxpar.memory import peak_memory
+from jaxpar.timing import step_time
+from jaxpar.validation import validate_mesh
+
+NAMES = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations kept for the backward pass",
+    "vocabulary": "logits, head and embedding",
+    "weights": "gathered weights",
+    "stash": "inputs of pipeline stages",
+    "working": "what the layer at work needs",
+    "batch": "the batch",
+    "gaps": "gaps between buffers",
+}
+"""The parts of memory, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of a run, as flags, with predicted bytes of a device and seconds of a step."""
+
+    flags: str
+    config: Config
+    mesh: MeshConfig
+    predicted: int
+    seconds: float
+
+
+def changes(config: Config, mesh: MeshConfig, hardware: Hardware, *, room: int, scale: float = 1.0) -> list[Change]:
+    """Changes that should make a step fit, the cheapest in predicted time first.
+
+    Args:
+      config: the run that does not fit.
+      mesh: its mesh; others of as many devices are among the changes.
+      hardware: for the times.
+      room: bytes that a device has for the program.
+      scale: compiled peak over predicted peak of the run as it is, where it is known.
+    """
+    found: dict[str, Change] = {}
+    for flags, changed, sizes in _candidates(config, mesh, hardware):
+        try:
+            validate_mesh(changed, sizes)
+        except ConfigError:
+            continue
+        peak = int(scale * peak_memory(changed, sizes).total)
+        if peak <= room:
+            found.setdefault(flags, Change(flags, changed, sizes, peak, step_time(changed, sizes, hardware).total))
+    return sorted(found.values(), key=lambda change: change.seconds)
+
+
+def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator[tuple[str, Config, MeshConfig]]:
+    """One field changed, or two, or the mesh."""
+    policies = list(REMAT)
+    now = policies.index(config.memory.remat) if config.memory.remat in policies else 0
+    sequences = config.train.batch_size // mesh.batch_shards
+    counts = [n for n in plan.divisors(sequences) if n >= config.train.microbatches]
+    for remat in policies[now:]:
+        for count in counts:
+            for zero in dict.fromkeys((config.parallel.optimizer_sharding, "data" if mesh.data > 1 else "none")):
+                for gather in dict.fromkeys((config.parallel.gather, "per_layer")):
+                    changed = dataclasses.replace(
+                        config,
+                        memory=dataclasses.replace(config.memory, remat=remat),
+                        train=dataclasses.replace(config.train, microbatches=count),
+                        parallel=dataclasses.replace(config.parallel, optimizer_sharding=zero, gather=gather),
+                    )
+                    if changed != config and len(differing := _flags(changed, config)) <= 2:
+                        yield " ".join(differing), changed, mesh
+    for candidate in plan.best_of_each_mesh(plan.rank(config, hardware, mesh.devices))[:8]:
+        if candidate.mesh != mesh and candidate.chunks == 1:
+            axes = zip(AXES, candidate.mesh.shape, mesh.shape, strict=True)
+            sizes = [f"--mesh.{axis}={size}" for axis, size, before in axes if size != before]
+            yield " ".join([*sizes, *_flags(candidate.config, config)]), candidate.config, candidate.mesh
+
+
+def _flags(config: Config, before: Config) -> list[str]:
+    fields = ("train.microbatches", "memory.remat", "parallel.gather", "parallel.optimizer_sharding")
+    found = []
+    for path in fields:
+        group, name = path.split(".")
+        value = getattr(getattr(config, group), name)
+        if value != getattr(getattr(before, group), name):
+            found.append(f"--config.{path}={value}")
+    return found
+
+
+def blame(parts: Mapping[str, int], most: int = 3) -> str:
+    """The largest parts of memory, in words: `optimizer state 28.4 GiB, gradients 14.2 GiB`."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{NAMES[name]} {size / 2**30:.2f} GiB" for name, size in largest if size)
+
+
+def out_of_memory(config: Config, mesh: MeshConfig, hardware: Hardware, room: int, arguments: Sequence[str]) -> str:
+    """What `train` answers when a device runs out of memory: what fills it and what would help, both predicted, and
+    the command that compiles the step and tells exactly.
+
+    Args:
+      config: the run.
+      mesh: its mesh.
+      hardware: the GPUs, or the nearest to them that is known.
+      room: bytes that a device has for the program.
+      arguments: of the command line that failed.
+    """
+    peak = peak_memory(config, mesh)
+    found = changes(config, mesh, hardware, room=room)
+    kept = [arg for arg in arguments if arg.startswith(("--config", "--mesh", "--cpu_devices"))]
+    lines = [
+        f"a device ran out of memory: a step needs about {peak.total / 2**30:.1f} GiB of {room / 2**30:.1f} GiB, most of "
+        f"it for {blame(vars(peak))} (predicted)",
+        *(f"  {change.flags}: about {change.predicted / 2**30:.1f} GiB" for change in found[:3]),
+        f"  to see every buffer: python -m jaxpar.explain {' '.join(kept)}",
+    ]
+    if found:
+        lines.insert(1, "what would fit, the fastest first:")
+    return "\n".join(lines)
