@@ -2,6 +2,8 @@
 
   jaxpar train     --config=configs/tiny.py --workdir=runs/tiny [--mesh.fsdp=4 --mesh.tensor=2]
   jaxpar verify    --config=...  --mesh....     a mesh against one device: loss and every gradient
+  jaxpar plan      --config=...  --hardware=h100 --devices=64    rank meshes: fits? memory, time, why
+  jaxpar explain   --config=...  --mesh.... [--hardware=h100]    compile: memory and collectives, by name
   jaxpar prepare   --config=...  --workdir=DIR  tokenize a corpus into shards
   jaxpar generate  --checkpoint=DIR --prompt="Once upon a time"
 
@@ -14,7 +16,7 @@ import sys
 from jaxpar import cli
 from jaxpar.config import ConfigError, nearest
 
-COMMANDS = ("train", "verify", "prepare", "generate")
+COMMANDS = ("train", "verify", "plan", "explain", "prepare", "generate")
 
 
 def command(argv: list[str] | None) -> int:

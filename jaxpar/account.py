@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,11 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
     }
     live_ranges = next(dump.rglob("*train_step*live-range.txt"), None)
     buffers = hlo.peak_buffers(live_ranges.read_text(), text) if live_ranges else []
-    kinds = Parts(config, state.values())
-    report["memory"]["parts"] = kinds.sums(buffers, peak)
+    kinds, held = Parts(config, state.values()), {"parameters": 0, "optimizer": 0}
+    for leaf in report["by_parameter"]:
+        if leaf["memory"] == "device":
+            held["parameters" if leaf["name"].startswith("model.") else "optimizer"] += leaf["bytes_per_device"]
+    report["memory"]["parts"] = kinds.sums(buffers, held, stats.argument_size_in_bytes, peak)
     report["temporaries"] = [
         {
             "shape": buffer.shape,
@@ -95,6 +98,8 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
     `count`, `size` of one."""
     rows: dict[tuple, dict[str, Any]] = {}
     for found in hlo.collectives(text, mesh):
+        if len(found.group) == 1:
+            continue
         key = (found.kind, found.axes, found.dtype, found.bytes, found.source, found.phase, found.asynchronous)
         row = rows.setdefault(
             key,
@@ -128,7 +133,7 @@ between buffers because they cannot all be packed."""
 
 
 class Parts:
-    """Which of `PARTS` a buffer belongs to: of an argument by its name, of a temporary by its shape."""
+    """Which of `PARTS` a temporary buffer belongs to, by its shape."""
 
     def __init__(self, config: Config, leaves: Iterable[jax.ShapeDtypeStruct]):
         shardings = [(leaf.shape, leaf.sharding) for leaf in leaves if leaf.ndim > 1]
@@ -143,32 +148,25 @@ class Parts:
         self._vocabulary = {config.model.vocab_size, config.model.vocab_size // tensor}
 
     def of(self, buffer: hlo.Buffer) -> str:
-        if buffer.argument:
-            name = buffer.operation
-            return "parameters" if ".model." in name else "optimizer" if ".optimizer" in name else "batch"
         shape = [int(n) for n in re.findall(r"\d+", buffer.shape.partition("[")[2])]
         dims = _dims(shape)
         if dims in self._stored:
             return "gradients"
-        if (
-            self._vocabulary & set(dims)
-            and not buffer.source.startswith(("model.py", "attention.py"))
-            or (
-                self._vocabulary & set(dims)
-                and "Llama.__call__" in buffer.source
-                and "/while/body/closed_call/jvp()/while" not in buffer.operation
-            )
-        ):
-            return "vocabulary"
         if len(shape) > 2 and shape[0] == self._layers:
             return "activations"
+        in_layers = re.search(r"jvp\(\)\)?/while", buffer.operation)  # where another size may be the same number
+        if self._vocabulary & set(dims) and not in_layers:
+            return "vocabulary"
         return "weights" if dims in self._gathered else "working"
 
-    def sums(self, buffers: Iterable[hlo.Buffer], peak: int) -> dict[str, int]:
-        """Bytes of a device at its peak, by what they are for; their sum is the peak."""
-        found = dict.fromkeys(PARTS, 0)
+    def sums(
+        self, buffers: Iterable[hlo.Buffer], state: Mapping[str, int], arguments: int, peak: int
+    ) -> dict[str, int]:
+        """Bytes of a device at its peak, by what they are for; their sum is the peak. Arguments are there all along."""
+        found = dict.fromkeys(PARTS, 0) | dict(state) | {"batch": arguments - sum(state.values())}
         for buffer in buffers:
-            found[self.of(buffer)] += buffer.bytes
+            if not buffer.argument:
+                found[self.of(buffer)] += buffer.bytes
         return found | {"gaps": peak - sum(found.values())}
 
 

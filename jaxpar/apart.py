@@ -124,8 +124,8 @@ def plain_warnings(said: str) -> list[str]:
     warnings = []
     for limit, reached in _CANNOT_FIT.findall(said):
         warnings.append(
-            f"The compiler wanted to stay below {limit} a device and could not get below {reached}: it recomputed what "
-            "it could, and the step will likely run out of memory."
+            f"The compiler aims to stay below {limit} a device, a share of its memory, and could not get below "
+            f"{reached}; to get there it may have computed again more than memory.remat asks for."
         )
     for before, after in _REMATERIALIZATION.findall(said):
         warnings.append(

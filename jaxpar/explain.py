@@ -11,6 +11,7 @@ cheapest changes that would make it fit.
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from rich.table import Column, Table
 from jaxpar import cli, remedy
 from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.hardware import NAMES, find
-from jaxpar.memory import RESERVE, peak_memory
+from jaxpar.hardware import NAMES, find, of_kind
+from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
+from jaxpar.page import explain_page
 from jaxpar.validation import resolve_mesh, validate_mesh
 
 
@@ -64,8 +66,7 @@ def explain(config: Config, request: cli.Launch, target: Target, timeout: float)
     room = capacity - RESERVE if capacity and target.hardware else capacity
     report |= {"room": room, "fits": None if room is None else peak <= room, "remedies": []}
     if report["fits"] is False:
-        mesh = MeshConfig(**report["mesh"])
-        report["remedies"] = compile_remedies(config, mesh, target, peak, room, timeout)
+        report["remedies"] = compile_remedies(config, report, target, timeout)
     if target.hardware and report["fits"] and peak > 0.75 * capacity:
         report["warnings"].append(
             "jax takes 75% of a GPU's memory unless it is told otherwise; start this run with "
@@ -75,20 +76,21 @@ def explain(config: Config, request: cli.Launch, target: Target, timeout: float)
 
 
 def compile_remedies(
-    config: Config, mesh: MeshConfig, target: Target, peak: int, room: int, timeout: float, most: int = 3
+    config: Config, report: Mapping[str, Any], target: Target, timeout: float, most: int = 3
 ) -> list[dict[str, Any]]:
     """The cheapest changes, compiled in order of predicted time until `most` of them fit; at most twice as many."""
-    gpu = target.hardware or find("h100")  # for the order alone
+    mesh, peak, room = MeshConfig(**report["mesh"]), report["memory"]["peak"], report["room"]
+    gpu = target.hardware or of_kind(report["backend"])  # for the order alone
     scale = peak / peak_memory(config, mesh).total
     tried: list[dict[str, Any]] = []
     for change in remedy.changes(config, mesh, gpu, room=room, scale=scale)[: 2 * most]:
         if sum(row["fits"] for row in tried) == most:
             break
         try:
-            report = compile_report(change.config, dataclasses.asdict(change.mesh), target, timeout)
+            found = compile_report(change.config, dataclasses.asdict(change.mesh), target, timeout)
         except CompileFailed:
             continue
-        compiled = report["memory"]["peak"]
+        compiled = found["memory"]["peak"]
         tried.append(
             {
                 "flags": change.flags,
@@ -121,11 +123,11 @@ def print_report(report: dict[str, Any], rows: int) -> None:
 def memory_table(report: dict[str, Any]) -> Table:
     """What the peak is made of, the largest first."""
     memory, room = report["memory"], report["room"]
-    of = f" of {gib(room)}" if room else ""
-    table = Table("memory", _number("GiB"), Column("", ratio=1), title=f"peak {gib(memory['peak'])} GiB{of}")
+    of = f" of {human(room)}" if room else ""
+    table = Table("memory", _number("bytes"), Column("", ratio=1), title=f"peak {human(memory['peak'])}{of}")
     for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
         bar = "█" * round(40 * size / max(memory["peak"], room or 0))
-        table.add_row(remedy.NAMES[name], gib(size), bar)
+        table.add_row(PART_NAMES[name], human(size), bar)
     return table
 
 
@@ -148,7 +150,7 @@ def buffer_table(report: dict[str, Any], rows: int) -> Table:
     table = Table("shape", _number("MiB"), "for", "made by", title=title)
     for buffer in found[:rows]:
         made_by = buffer["source"] or buffer["operation"] or "the compiler"
-        table.add_row(buffer["shape"], mib(buffer["bytes"]), remedy.NAMES[buffer["part"]], made_by)
+        table.add_row(buffer["shape"], mib(buffer["bytes"]), PART_NAMES[buffer["part"]], made_by)
     return table
 
 
@@ -175,21 +177,17 @@ def print_verdict(report: dict[str, Any]) -> None:
     """Whether it fits, and what would."""
     if report["fits"] is None:
         return
-    peak, room = gib(report["memory"]["peak"]), gib(report["room"])
+    peak, room = human(report["memory"]["peak"]), human(report["room"])
     if report["fits"]:
-        print(f"fits: {peak} GiB of {room} GiB, besides {gib(RESERVE)} GiB for the CUDA context and NCCL")
+        print(f"fits: {peak} of {room}, besides {human(RESERVE)} for the CUDA context and NCCL")
         return
-    print(f"DOES NOT FIT: {peak} GiB of {room} GiB; most of it for {remedy.blame(report['memory']['parts'])}")
+    print(f"DOES NOT FIT: {peak} of {room}; most of it for {remedy.blame(report['memory']['parts'])}")
     for row in report["remedies"]:
-        print(f"  {gib(row['peak'])} GiB with {row['flags']}")
+        print(f"  {human(row['peak'])} with {row['flags']}")
     if not report["remedies"]:
         print(
             "  no change of remat, microbatches, sharding or mesh on these devices was found to fit: use more devices"
         )
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f}"
 
 
 def mib(count: float) -> str:
@@ -219,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     except CompileFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if page:
+        Path(page).write_text(explain_page(report))
     if output == "-":
         print(json.dumps(report))
     else:

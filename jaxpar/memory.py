@@ -33,6 +33,20 @@ class Peak:
 RESERVE = 2 * 2**30
 """Bytes of a GPU that no program gets: the CUDA context and NCCL's buffers, 1 to 2 GiB."""
 
+PART_NAMES = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "activations kept for the backward pass",
+    "vocabulary": "logits, head and embedding",
+    "weights": "gathered weights",
+    "stash": "inputs of pipeline stages",
+    "working": "what the layer at work needs",
+    "batch": "the batch",
+    "gaps": "gaps between buffers",
+}
+"""The parts of memory, in words."""
+
 GAPS = 0.05
 """Of the temporary buffers at the peak."""
 
@@ -165,3 +179,9 @@ def _optimizer_elements(optimizer: str, name: str, shape: Shape) -> tuple[int, i
             return size, 0
         return 0, size // larger + size // smaller
     return {"adamw": 2, "lion": 1, "sgd": 1}[optimizer] * size, 0
+
+
+def human(count: float) -> str:
+    """Bytes for people."""
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{count / unit:,.2f} {name}"

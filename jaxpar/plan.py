@@ -20,6 +20,7 @@ from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
 from jaxpar.counts import step_flops
 from jaxpar.hardware import NAMES, Hardware, find
 from jaxpar.memory import RESERVE, Peak, peak_memory
+from jaxpar.page import plan_page
 from jaxpar.timing import StepTime, bubble_fraction, members_near, step_time
 from jaxpar.traffic import by_axes, transfers
 from jaxpar.validation import validate_mesh
@@ -311,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         verify(rows[: options["verify_top"]], ranked, hardware, options["timeout"])
         rows.sort(key=lambda row: not row["fits"])
     report = {"hardware": hardware.name, "devices": options["devices"], "candidates": rows}
+    if options["html"]:
+        Path(options["html"]).write_text(plan_page(report))
     if options["json"] == "-":
         print(json.dumps(report))
     else:

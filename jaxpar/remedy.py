@@ -2,27 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from jaxpar import plan
 from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
-from jaxpar.hardware import Hardware
-from jaxpar.memory import peak_memory
+from jaxpar.hardware import Hardware, of_kind
+from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
 from jaxpar.timing import step_time
 from jaxpar.validation import validate_mesh
-
-NAMES = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "gradients": "gradients",
-    "activations": "activations kept for the backward pass",
-    "vocabulary": "logits, head and embedding",
-    "weights": "gathered weights",
-    "stash": "inputs of pipeline stages",
-    "working": "what the layer at work needs",
-    "batch": "the batch",
-    "gaps": "gaps between buffers",
-}
-"""The parts of memory, in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +84,30 @@ def _flags(config: Config, before: Config) -> list[str]:
 def blame(parts: Mapping[str, int], most: int = 3) -> str:
     """The largest parts of memory, in words: `optimizer state 28.4 GiB, gradients 14.2 GiB`."""
     largest = sorted(parts.items(), key=lambda item: -item[1])[:most]
-    return ", ".join(f"{NAMES[name]} {size / 2**30:.2f} GiB" for name, size in largest if size)
+    return ", ".join(f"{PART_NAMES[name]} {human(size)}" for name, size in largest if size)
 
 
-def out_of_memory(config: Config, mesh: MeshConfig, hardware: Hardware, room: int, arguments: Sequence[str]) -> str:
+def out_of_memory(config: Config, mesh: MeshConfig, device: Any, arguments: Sequence[str]) -> str:
     """What `train` answers when a device runs out of memory: what fills it and what would help, both predicted, and
     the command that compiles the step and tells exactly.
 
     Args:
       config: the run.
       mesh: its mesh.
-      hardware: the GPUs, or the nearest to them that is known.
-      room: bytes that a device has for the program.
+      device: one of its devices, as jax has it.
       arguments: of the command line that failed.
     """
+    gpu = of_kind(device.device_kind)
+    room = (device.memory_stats() or {}).get("bytes_limit") or gpu.memory_bytes - RESERVE
     peak = peak_memory(config, mesh)
-    found = changes(config, mesh, hardware, room=room)
+    # Where the arithmetic says that it fits, it is too low by at least this.
+    found = changes(config, mesh, gpu, room=room, scale=max(1.0, room / peak.total))
     kept = [arg for arg in arguments if arg.startswith(("--config", "--mesh", "--cpu_devices"))]
     lines = [
-        f"a device ran out of memory: a step needs about {peak.total / 2**30:.1f} GiB of {room / 2**30:.1f} GiB, most of "
-        f"it for {blame(vars(peak))} (predicted)",
-        *(f"  {change.flags}: about {change.predicted / 2**30:.1f} GiB" for change in found[:3]),
-        f"  to see every buffer: python -m jaxpar.explain {' '.join(kept)}",
+        f"a device ran out of memory. By arithmetic, a step needs {human(peak.total)} of {human(room)}, most of it for "
+        f"{blame(vars(peak))}",
+        *(["what should fit, the fastest first:"] if found else []),
+        *(f"  {change.flags}  ({human(change.predicted)})" for change in found[:3]),
+        f"every buffer by name: python -m jaxpar.explain {' '.join(kept)}",
     ]
-    if found:
-        lines.insert(1, "what would fit, the fastest first:")
     return "\n".join(lines)

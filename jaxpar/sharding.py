@@ -14,6 +14,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxpar.config import AXES, BATCH_AXES, MeshConfig, ParallelConfig, nearest
+from jaxpar.show import show_activations as show_activations
+from jaxpar.show import show_array as show_array
+from jaxpar.show import show_model as show_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, resto
 from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
+from jaxpar.remedy import out_of_memory
 from jaxpar.sharding import axes_across_hosts
 from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step, make_train_step
 
@@ -295,6 +296,13 @@ def main(argv: list[str] | None = None) -> int:
             return train(config, mesh, corpus, workdir)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        arguments = sys.argv[1:] if argv is None else argv
+        answer = out_of_memory(config, MeshConfig(*mesh.devices.shape), mesh.local_devices[0], arguments)
+        print(f"error: {answer}\n{str(error).splitlines()[0]}", file=sys.stderr)
         return 1
 
 

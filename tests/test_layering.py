@@ -16,12 +16,16 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # A module may import those above its line, not those beside it.
 LAYERS = """
     config hlo tree
-    plan sharding tokenizer validation
-    cli parallel sources shards optimizer metrics checkpoint
+    counts hardware show tokenizer validation
+    apart memory sharding traffic
+    cli page parallel sources shards optimizer metrics checkpoint timing
+    plan
+    remedy
     windows attention loss
     data model
     convert step
     compile
+    account
     explain generate prepare train verify
     __main__
 """
@@ -32,10 +36,17 @@ ONLY = {
     "config": set(),
     "hlo": set(),
     "tree": set(),
-    "plan": {"config"},
+    "counts": {"config"},
+    "hardware": {"config"},
     "validation": {"config"},
+    "apart": {"config", "hardware"},
+    "memory": {"config", "counts"},
+    "traffic": {"config", "counts"},
+    "timing": {"config", "counts", "hardware", "traffic"},
+    "show": {"tree"},
+    "page": {"memory"},
     "parallel": {"sharding"},
-    "metrics": {"config", "plan"},
+    "metrics": {"config", "counts", "hardware"},
 }
 
 COLLECTIVES = {
@@ -55,7 +66,10 @@ COLLECTIVES = {
     "unreduced_reduce_scatter",
 }
 
-NO_JAX = ("config", "validation", "plan", "cli", "__init__", "__main__")
+NO_JAX = (
+    *("config", "validation", "counts", "hardware", "memory", "traffic", "timing", "apart", "page", "plan", "remedy"),
+    *("explain", "cli", "__init__", "__main__"),
+)
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
 OPTIONS = 65

@@ -1,0 +1,231 @@
+"""`explain`: what it reports is what was compiled; bad requests, crashes and time-outs are told in one message."""
+
+import json
+import sys
+import time
+
+import jax
+import pytest
+
+from jaxpar import account, apart, explain, hardware, memory, remedy
+from jaxpar.apart import CompileFailed, Target, compile_report, plain_warnings
+from jaxpar.config import ConfigError, MeshConfig, configure
+from jaxpar.sharding import make_mesh
+from jaxpar.validation import resolve
+
+MODEL = "--config.model.dim=64 --config.model.layers=3 --config.model.heads=4 --config.model.kv_heads=2".split()
+TINY = [
+    *("--config=configs/tiny.py", "--config.model.ffn_dim=96", "--config.model.vocab_size=512", *MODEL),
+    *("--config.data.sequence_length=64", "--config.train.batch_size=8", "--config.train.microbatches=1"),
+]
+
+
+def tiny_config(**groups):
+    model = dict(vocab_size=512, dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=96)
+    base = dict(model=model, data=dict(sequence_length=64), train=dict(batch_size=8))
+    return resolve(configure(**(base | groups)))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Of the smallest model on eight GPUs that are not there, as the command writes it."""
+    folder = tmp_path_factory.mktemp("explain")
+    flags = ["--mesh.fsdp=4", "--mesh.tensor=2", "--hardware=h100", "--topology=1x1x8"]
+    outputs = [f"--json={folder / 'report.json'}", f"--html={folder / 'report.html'}"]
+    assert explain.main([*TINY, *flags, *outputs]) == 0
+    return json.loads((folder / "report.json").read_text()) | {"page": (folder / "report.html").read_text()}
+
+
+def test_memory_adds_up(report):
+    found = report["memory"]
+    assert found["peak"] == found["arguments"] + found["output"] - found["alias"] + found["temporary"]
+    assert sum(found["parts"].values()) == found["peak"]
+    config, mesh = tiny_config(), MeshConfig(fsdp=4, tensor=2)
+    state = memory.state_bytes(config, mesh)
+    by_leaf = {
+        kind: sum(leaf["bytes_per_device"] for leaf in report["by_parameter"] if leaf["name"].startswith(kind))
+        for kind in ("model", "optimizer")
+    }
+    assert (by_leaf["model"], by_leaf["optimizer"]) == (state["parameters"], state["optimizer"])
+    assert report["backend"] == "NVIDIA H100 80GB HBM3" and report["devices"] == 8 and report["fits"] is True
+
+
+def test_collectives_have_axes_source_and_time(report):
+    found = report["collectives"]
+    layers = tiny_config().model.layers
+    gathers = [row for row in found if row["op"] == "all-gather" and row["axes"] == ["fsdp"] and row["count"] == layers]
+    assert {row["source"].partition(":")[0] for row in gathers} == {"model.py"}
+    assert {row["phase"] for row in gathers} == {"forward", "backward"}
+    assert all(row["bytes"] == row["size"] * row["count"] and row["seconds"] > 0 for row in found)
+    assert {tuple(row["axes"]) for row in found} <= {("fsdp",), ("tensor",), ("fsdp", "tensor")}
+    assert any(row["asynchronous"] for row in found)
+
+
+def test_temporaries_name_their_source(report):
+    largest = report["temporaries"][0]
+    assert largest["bytes"] == max(row["bytes"] for row in report["temporaries"])
+    assert sum(bool(row["source"]) for row in report["temporaries"]) > len(report["temporaries"]) / 2
+    assert report["flops"] > 0
+
+
+def test_page_has_every_leaf_and_collective_and_nothing_from_elsewhere(report):
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.text, self.urls = [], [], []
+
+        def handle_starttag(self, tag, attrs):
+            self.urls += [value for name, value in attrs if name in ("src", "href")]
+            if tag not in ("meta",):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_data(self, data):
+            self.text.append(data)
+
+    reader = Reader()
+    reader.feed(report["page"])
+    assert not reader.open and not reader.urls
+    text = " ".join(reader.text)
+    assert all(leaf["name"] in text for leaf in report["by_parameter"])
+    assert text.count("all-gather") >= sum(row["op"] == "all-gather" for row in report["collectives"])
+    assert "prefers-color-scheme: dark" in report["page"] and "max-width" in report["page"]
+
+
+def test_flops_are_those_of_the_matmuls():
+    """Counted by hand for one layer kept whole: forward and twice as much backward, attention over all pairs and once
+    more because its scores are computed again."""
+    from jaxpar import hlo
+    from jaxpar.compile import compile_train_step
+
+    config = tiny_config(precision=dict(compute="float32"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    found = hlo.flops(compile_train_step(config, mesh).as_text())
+    m, tokens = config.model, 8 * 64
+    weights = m.layers * (2 * m.dim * 64 + 2 * m.dim * 32 + 3 * m.dim * m.ffn_dim) + m.dim * m.vocab_size
+    attention = m.layers * 2 * m.dim * 64 * (3 + 0.5) * 2
+    assert found == pytest.approx(tokens * (6 * weights + attention), rel=0.02)
+
+
+def test_json_alone_goes_to_standard_output(capfd, monkeypatch):
+    compiled = dict(memory=dict(peak=1, parts={}), capacity=None, mesh={}, warnings=[])
+    monkeypatch.setattr(explain, "compile_report", lambda *_: dict(compiled))
+    assert explain.main([*TINY, "--cpu_devices=1", "--json=-"]) == 0
+    assert json.loads(capfd.readouterr().out)["fits"] is None
+
+
+def test_what_does_not_fit_is_blamed_and_remedied(monkeypatch, capsys):
+    """Three remedies, the cheapest first, each with its compiled peak; one that does not fit after all is left out."""
+    sizes = iter([90, 30, 80, 40, 50])
+    asked = []
+
+    def compiled(config, mesh, target, timeout):
+        asked.append(config)
+        peak = next(sizes) * 2**30
+        parts = dict.fromkeys(memory.PART_NAMES, 0) | {"activations": peak - 2**30, "optimizer": 2**30}
+        rest = dict(by_parameter=[], temporaries=[], collectives=[], flops=1, compile_seconds=1.0)
+        here = dict(memory=dict(peak=peak, parts=parts), capacity=hardware.find("h100").memory_bytes, warnings=[])
+        return here | rest | dict(mesh=dict(fsdp=8), devices=8, backend="NVIDIA H100 80GB HBM3")
+
+    monkeypatch.setattr(explain, "compile_report", compiled)
+    flags = ["--config=configs/llama3_8b.py", "--config.train.batch_size=32", "--config.memory.remat=none"]
+    assert explain.main([*flags, "--mesh.fsdp=8", "--hardware=h100"]) == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "activations kept for the backward pass 89.00 GiB" in out
+    assert [line.split(" with ")[0].strip() for line in out.splitlines() if " with --" in line] == [
+        "30.00 GiB",
+        "40.00 GiB",
+        "50.00 GiB",
+    ]
+    assert len({str(config) for config in asked}) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--hardware=h10"],
+            r"--hardware=h10 is neither known .* Did you mean h100\? Known: a40, a1",
+        ),
+        (["--hardware=h100", "--topology=8x8"], r"--topology=8x8 must be NVLink domains x hosts in each x GPUs in"),
+        (
+            ["--hardware=h100", "--topology=1x1x8", "--mesh.fsdp=4", "--mesh.data=1"],
+            r"8 devices: mesh fsdp=4 = 4",
+        ),
+        (["--hardware=h100", "--mesh.fsdp=12"], r"model.dim=64 is not divisible by mesh.fsdp=12"),
+        (
+            ["--hardware=h100", "--mesh.data=-1"],
+            r"mesh size of -1 needs .* give --topology",
+        ),
+        (["--topology=1x1x8"], r"is of absent GPUs; say which"),
+        (["--hardware=h100", "--cpu_devices=2"], r"exclude each other"),
+    ],
+)
+def test_bad_requests(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        explain.main([*TINY, *flags])
+
+
+def test_a_missing_compiler_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(apart, "compiler_path", lambda: [])
+    with pytest.raises(ConfigError, match=rf"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"):
+        explain.main([*TINY, "--hardware=h100"])
+
+
+def test_a_compilation_that_hangs_is_stopped():
+    begin = time.monotonic()
+    with pytest.raises(CompileFailed, match=r"took longer than --timeout=0.2 s"):
+        compile_report(tiny_config(), {}, Target(cpu_devices=1), 0.2)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    ("crash", "message"),
+    [
+        (
+            "import os; print('LLVM ERROR: no', file=__import__('sys').stderr, flush=True); os.abort()",
+            "signal 6.*LLVM ERR",
+        ),
+        ("raise RuntimeError('unsupported')", "failed with code 1.*RuntimeError: unsupported"),
+    ],
+)
+def test_a_crash_is_reported(monkeypatch, tmp_path, crash, message):
+    (tmp_path / "jaxpar").mkdir()
+    (tmp_path / "jaxpar" / "__init__.py").touch()
+    (tmp_path / "jaxpar" / "account.py").write_text(crash)
+    monkeypatch.setattr(apart, "compiler_path", lambda: [str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CompileFailed, match=rf"(?s){message}"):
+        compile_report(tiny_config(), {}, Target(cpu_devices=1), 60)
+
+
+def test_warnings_in_plain_words():
+    said = (
+        "W1121 20:00:00.1 1 hlo_remat.cc:3005] Can't reduce memory use below 60.68GiB (1 bytes) by "
+        "rematerialization; only reduced to 65.96GiB (1 bytes), down from 65.96GiB\n"
+        "E1121 20:00:00.1 1 spmd.cc:613] [SPMD] Involuntary full rematerialization. The compiler was not "
+        "able to go from sharding {devices=[8,1]<=[8]} to {devices=[1,8]<=[8]}\n"
+        "W1121 20:00:00.1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.\n"
+        "W1121 20:00:00.1 1 other.cc:31] Something else.\n"
+        "W1121 20:00:00.1 1 other.cc:31] Something else.\n"
+    )
+    memory_, sharding, other = plain_warnings(said)
+    assert "below 60.68GiB a device" in memory_ and "below 65.96GiB" in memory_
+    assert "from sharding {devices=[8,1]<=[8]} to {devices=[1,8]<=[8]}" in sharding
+    assert other == "Something else."
+
+
+def test_blame_and_parts():
+    assert remedy.blame({"optimizer": 3 * 2**30, "parameters": 2**29, "batch": 0}) == (
+        "optimizer state 3.00 GiB, parameters 512.00 MiB"
+    )
+    assert set(account.PARTS) == set(memory.PART_NAMES) - {"stash"}
+
+
+def test_python_is_the_one_that_runs():
+    assert sys.executable  # the child runs under it, with the parent's path
+    assert apart.compiler_path()[-1].endswith("gpu-compiler")

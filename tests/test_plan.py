@@ -1,0 +1,191 @@
+"""`plan`: what it ranks, why, and that the guidance of the field comes out of its arithmetic."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxpar import cli, plan
+from jaxpar.config import Config, ConfigError, MeshConfig
+from jaxpar.counts import parameter_count
+from jaxpar.hardware import NAMES, find, topology_size
+from jaxpar.memory import RESERVE, peak_memory, state_bytes
+from jaxpar.timing import bubble_fraction, collective_seconds, members_near, step_time
+from jaxpar.validation import resolve
+
+H100 = find("h100")
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def config(name: str, **groups) -> Config:
+    raw = cli._load_config(str(CONFIGS / f"{name}.py"))
+    for group, fields in groups.items():
+        raw[group].update(fields)
+    return resolve(raw)
+
+
+def seconds(run: Config, **mesh: int) -> float:
+    """With as many microbatches as make one sequence of each, for a pipeline wants many."""
+    sizes = MeshConfig(**mesh)
+    train = dataclasses.replace(run.train, microbatches=run.train.batch_size // sizes.batch_shards)
+    return step_time(dataclasses.replace(run, train=train), sizes, H100).total
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama3_8b"])
+def test_data_before_tensor_before_pipeline(name):
+    """On eight GPUs of a host, a batch of 32 sequences."""
+    run = config(name, train=dict(batch_size=32))
+    by_axis = [seconds(run, fsdp=8), seconds(run, tensor=8), seconds(run, pipeline=8)]
+    assert by_axis == sorted(by_axis)
+    assert seconds(run, data=8) < seconds(run, tensor=8)
+
+
+def test_pipeline_before_tensor_across_hosts():
+    """Between hosts the order of the two turns around: tensor stays inside a host."""
+    run = config("llama3_70b", train=dict(batch_size=256))
+    inside = seconds(run, pipeline=2, fsdp=4, tensor=8)
+    assert inside < seconds(run, fsdp=4, tensor=16)
+    assert members_near(("tensor",), MeshConfig(fsdp=4, tensor=16), 8) == 8
+
+
+def test_tensor_stays_inside_a_host():
+    run = dataclasses.replace(config("llama3_70b", train=dict(batch_size=64)))
+    free = dataclasses.replace(run, model=dataclasses.replace(run.model, kv_heads=64))
+    ranked = plan.rank(free, H100, 64)
+    assert all(c.mesh.tensor <= 8 for c in ranked[:50])
+    assert seconds(free, fsdp=8, tensor=8) < seconds(free, fsdp=4, tensor=16) < seconds(free, fsdp=2, tensor=32)
+
+
+def test_twenty_bytes_a_parameter_for_mixed_precision_adam():
+    """Float32 weights, two moments and gradient sums (16), the gradient of a microbatch in bfloat16 and the weights as
+    they compute (4), where nothing is sharded and the batch is next to nothing."""
+    run = config("llama2_7b", train=dict(batch_size=2, microbatches=2), data=dict(sequence_length=128))
+    count = parameter_count(run.model)
+    assert state_bytes(run, MeshConfig())["total"] == pytest.approx(16 * count, rel=0.001)
+    assert peak_memory(run, MeshConfig()).total == pytest.approx(20 * count, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)])
+def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
+    ranked = plan.rank(config(name), H100, devices)
+    best = ranked[0]
+    assert best.fits and best.peak.total + RESERVE <= H100.memory_bytes
+    assert best.mesh.devices == devices
+    assert best.seconds == min(c.seconds for c in ranked if c.fits)
+    assert 0.2 < best.mfu(H100) < 0.8
+    fits = [c.fits for c in ranked]
+    assert fits == sorted(fits, reverse=True)
+
+
+def test_4096_devices_in_ten_seconds():
+    begin = time.perf_counter()
+    assert plan.rank(config("llama3_70b", train=dict(batch_size=4096)), H100, 4096)
+    assert time.perf_counter() - begin < 10
+
+
+def test_given_sizes_are_kept():
+    ranked = plan.rank(config("llama3_8b"), H100, 16, {"tensor": 4, "data": None})
+    assert {c.mesh.tensor for c in ranked} == {4}
+    with pytest.raises(ConfigError, match="no mesh of 7 devices is legal"):
+        plan.rank(config("llama3_8b"), H100, 7)
+
+
+def test_reasons():
+    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_70b"), H100, 64))
+    told = {c.mesh: plan.reason(c, ranked[0], H100) for c in ranked}
+    assert "of the step is computation" in told[ranked[0].mesh]
+    assert "over the network" in told[MeshConfig(data=8, tensor=8)] or "needs" in told[MeshConfig(data=8, tensor=8)]
+    rejected = next(c for c in ranked if not c.fits)
+    assert told[rejected.mesh].startswith(f"needs {plan.gib(rejected.peak.total)} of 77.1 GiB: ")
+    assert all(text and "\n" not in text for text in told.values())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    outputs = [f"--json={folder / 'plan.json'}", f"--html={folder / 'plan.html'}"]
+    run = ["--config=configs/llama3_8b.py", "--hardware=h100", "--devices=8"]
+    assert plan.main([*run, *outputs]) == 0
+    return json.loads((folder / "plan.json").read_text()) | {"page": (folder / "plan.html").read_text()}
+
+
+def test_json_has_what_the_interface_promises(report):
+    first = report["candidates"][0]
+    assert {"mesh", "microbatches", "schedule", "remat", "fits", "memory", "step_seconds", "mfu"} <= first.keys()
+    assert {"bubble_fraction", "communication", "reason"} <= first.keys()
+    assert {"params", "gradients", "optimizer", "activations", "logits", "total"} <= first["memory"].keys()
+    parts = {name: size for name, size in first["memory"].items() if name not in ("total", "reserve")}
+    assert sum(parts.values()) == first["memory"]["total"]
+    assert len({json.dumps(row["mesh"]) for row in report["candidates"]}) == len(report["candidates"])
+    assert first["flags"] in report["page"] and "MFU" in report["page"]
+
+
+def test_verified_figures_replace_predicted_ones(monkeypatch):
+    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_8b"), H100, 8))
+    rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
+    sent = [dict(axes=["fsdp"], bytes=5), dict(axes=["fsdp"], bytes=6), dict(axes=["data", "sequence"], bytes=7)]
+    compiled = iter([90 * 2**30, 50 * 2**30])
+    monkeypatch.setattr(plan, "compile_report", lambda *_: dict(memory=dict(peak=next(compiled)), collectives=sent))
+    before = rows[0]["memory"]["total"]
+    plan.verify(rows, ranked, H100, 60)
+    assert [row["fits"] for row in rows] == [False, True] and all(row["verified"] for row in rows)
+    assert rows[0]["memory"]["total"] == 90 * 2**30 and rows[0]["predicted_total"] == before
+    assert rows[0]["communication"] == {"fsdp": 11, "data+sequence": 7}
+
+
+def test_help_comes_at_once_and_without_jax():
+    begin = time.perf_counter()
+    code = "import sys\nfrom jaxpar import plan\ntry: plan.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "--verify_top" in run.stdout, run.stderr
+    assert time.perf_counter() - begin < 1
+
+
+def test_bad_requests():
+    run = ["--config=configs/llama3_8b.py", "--devices=8"]
+    with pytest.raises(ConfigError, match=r"--hardware is missing"):
+        plan.main(run)
+    with pytest.raises(ConfigError, match=r"--hardware=v100 is neither known .* Known: a40"):
+        plan.main([*run, "--hardware=v100"])
+    with pytest.raises(ConfigError, match=r"--devices=0 must be at least 1"):
+        plan.main([*run[:1], "--devices=0", "--hardware=h100"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_hardware_has_its_description(name):
+    found = find(name)
+    assert found.memory_bytes > 40e9 and found.peaks["bfloat16"] > found.peaks["float32"]
+    domains, hosts, gpus = topology_size(found.topology(2 * found.domain))
+    assert (domains, hosts * gpus, gpus) == (2, found.domain, found.host)
+
+
+def test_hardware_of_ones_own(tmp_path):
+    (tmp_path / "gpu.txtpb").write_text(H100.target.replace("NVIDIA H100 80GB HBM3", "Mine"))
+    file = tmp_path / "mine.toml"
+    file.write_text('target = "gpu.txtpb"\nlink_gbps = 100\nnetwork_gbps = 10\ndomain = 4\nhost = 4\n')
+    with pytest.raises(ConfigError, match="the peak of 'Mine' is not known; give bfloat16_tflops"):
+        find(str(file))
+    file.write_text(file.read_text() + "bfloat16_tflops = 500\nfloat32_tflops = 50\n")
+    found = find(str(file))
+    assert (found.peaks["bfloat16"], found.link, found.host, found.name) == (5e14, 1e11, 4, "mine")
+
+
+def test_bubble_and_collectives_by_hand():
+    assert bubble_fraction(8, 4) == pytest.approx(3 / 11)
+    assert bubble_fraction(8, 4, 2) == pytest.approx(3 / 19)
+    near, far = (collective_seconds("all-gather", 8e9, 8, n, H100) for n in (8, 1))
+    assert near == pytest.approx(7 / 8 * 8e9 / (0.8 * 450e9), rel=0.01)
+    assert far == pytest.approx(7 / 8 * 8e9 / (0.8 * 50e9), rel=0.01)
+    assert collective_seconds("all-reduce", 8e9, 8, 8, H100) == pytest.approx(2 * near, rel=0.01)
+
+
+def test_groups_inside_hosts():
+    mesh = MeshConfig(data=4, fsdp=4, tensor=4)
+    assert members_near(("tensor",), mesh, 8) == 4
+    assert members_near(("fsdp",), mesh, 8) == 2
+    assert members_near(("data",), mesh, 8) == 1
+    assert members_near(("fsdp", "tensor"), mesh, 8) == 8
