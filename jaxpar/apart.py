@@ -108,6 +108,7 @@ def _environment(target: Target, dump: str) -> dict[str, str]:
         "XLA_FLAGS": " ".join(flags).strip(),
         "PYTHONPATH": os.pathsep.join(compiler_path()),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is read from it is not dumped
     }
     if target.hardware or target.cpu_devices:
         environment["JAX_PLATFORMS"] = "cpu"

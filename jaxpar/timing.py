@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from jaxpar.config import AXES, Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, parameter_count, step_flops
+from jaxpar.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
 from jaxpar.hardware import Hardware
 from jaxpar.traffic import Transfer, transfers
 
@@ -27,7 +27,7 @@ LINK = 0.80
 HIDDEN = 0.90
 """Of the computation beside which collectives can run that nothing waits for; they slow it down a little."""
 
-HALF = 256
+HALF = 128
 """Width of a matmul at which it runs at half of its rate: tiles are left empty, and launches show."""
 
 LATENCY = 10e-6
@@ -99,13 +99,14 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     flops = step_flops(config)
     peak = hardware.peaks.get(config.precision.compute, hardware.peaks["float32"])
     tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
-    rows = tokens / train.microbatches
     shards = mesh.tensor * mesh.pipeline
-    again_matmul, again_attention = recomputed(config)
-    narrow = min(rows, model.dim, model.ffn_dim / mesh.tensor, model.heads * model.head_dim / mesh.tensor)
-    rate = MATMUL * peak * narrow / (narrow + HALF)
-    matmul = tokens * (flops.matmul + again_matmul) / shards / rate
-    attention = tokens * (flops.attention + again_attention) / shards / (ATTENTION * peak)
+    rate = MATMUL * peak
+    matmul = sum(
+        tokens * operations * (narrow + HALF) / narrow / shards / rate
+        for operations, narrow in _matmuls(config, mesh, tokens / train.microbatches)
+    )
+    again = recomputed(config, mesh.pipeline).get("attention", 0)
+    attention = tokens * (flops.attention + again) / shards / (ATTENTION * peak)
     bandwidth = COPY * hardware.memory_bandwidth
     item = ITEMSIZE[config.precision.compute]
     whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
@@ -118,14 +119,41 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     return matmul, attention, elementwise + update
 
 
-def recomputed(config: Config) -> tuple[int, int]:
-    """Operations a token that the remat policy adds: in matmuls, in attention (causal half)."""
-    m, kept = config.model, config.memory.kept + config.memory.offloaded
-    queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    costs = dict(query=2 * m.dim * queries, key=2 * m.dim * keys, value=2 * m.dim * keys)
-    costs |= dict(attention_output=2 * m.dim * queries, gate=2 * m.dim * m.ffn_dim, up=2 * m.dim * m.ffn_dim)
-    matmul = m.layers * sum(cost for name, cost in costs.items() if name not in kept)
-    return matmul, 0 if "attention" in kept else m.layers * 2 * queries * config.data.sequence_length
+def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
+    """Operations a token of all devices together, recomputation included, and the narrowest side on one device."""
+    model, shapes = config.model, parameter_shapes(config.model)
+    again = recomputed(config, mesh.pipeline)
+    head = 6 * model.dim * model.vocab_size, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
+    found: list[tuple[float, float]] = [head]
+    for name, label in LABELS.items():
+        operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
+        across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
+        found.append((operations, min(rows, model.dim, across)))
+    return found
+
+
+LABELS = {
+    "attention.query": "query",
+    "attention.key": "key",
+    "attention.value": "value",
+    "attention.out": "attention_output",
+    "mlp.gate": "gate",
+    "mlp.up": "up",
+    "mlp.down": "down",
+}
+"""Weights, and what they make, as remat names it."""
+
+
+def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
+    """Operations a token, of all layers, that the backward pass does again: by the name of the matmul's result, and
+    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything again."""
+    model, kept = config.model, config.memory.kept + config.memory.offloaded
+    shapes = parameter_shapes(model)
+    costs = {label: 2 * math.prod(shapes[f"layers.{name}"]) for name, label in LABELS.items()}
+    costs["attention"] = 2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
+    if stages > 1:
+        return costs
+    return {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
 
 
 def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:

@@ -33,7 +33,7 @@ def compile_case(spec: dict) -> dict[str, Any]:
     """Compiles one case in this process."""
     import jax
 
-    from jaxpar import counts, hardware, memory
+    from jaxpar import counts, hardware, memory, timing
     from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
     from jaxpar.config import MeshConfig
     from jaxpar.hlo import collectives
@@ -70,18 +70,8 @@ def compile_case(spec: dict) -> dict[str, Any]:
         zero=any("data" in str(spec) for spec in optimizer),
         kept=config.model.layers
         * sum(size for name, size in memory.activation_bytes(config, sizes).items() if name in config.memory.kept),
-        again=recomputed(config) / counts.step_flops(config).per_token,
+        again=sum(timing.recomputed(config).values()) / counts.step_flops(config).per_token,
     )
-
-
-def recomputed(config) -> int:
-    """Operations a token that the remat policy adds (the scores of attention, computed again by all, left out)."""
-    m, kept = config.model, config.memory.kept + config.memory.offloaded
-    queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    core = 2 * queries * config.data.sequence_length  # QK and AV, half of the square
-    costs = dict(query=2 * m.dim * queries, key=2 * m.dim * keys, value=2 * m.dim * keys, attention=core)
-    costs |= dict(attention_output=2 * m.dim * queries, gate=2 * m.dim * m.ffn_dim, up=2 * m.dim * m.ffn_dim)
-    return m.layers * sum(cost for name, cost in costs.items() if name not in kept)
 
 
 class Runner:

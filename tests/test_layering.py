@@ -16,9 +16,9 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 # A module may import those above its line, not those beside it.
 LAYERS = """
     config hlo tree
-    counts hardware show tokenizer validation
+    counts hardware show sources tokenizer validation xla
     apart memory sharding traffic
-    cli page parallel sources shards optimizer metrics checkpoint timing
+    cli page parallel shards optimizer metrics checkpoint timing
     plan
     remedy
     windows attention loss
@@ -72,7 +72,7 @@ NO_JAX = (
 )
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 65
+OPTIONS = 68
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 LONGEST = 500
