@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpar import attention
-from jaxpar.attention import TokenInfo, attend
+from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig
 from jaxpar.sharding import Rules, make_mesh
 
@@ -24,7 +24,7 @@ def test_queries_in_chunks_change_nothing(length):
         def total(q, k, v):
             queries = TokenInfo(*(jax.reshard(x, Rules().spec("batch", "seq")) for x in info))
             keys = TokenInfo(*(jax.reshard(x, Rules().spec("batch", None)) for x in info))
-            return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), "all_gather")))
+            return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), Options())))
 
         with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "_QUERIES", queries)

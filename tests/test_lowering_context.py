@@ -14,7 +14,7 @@ from test_lowering import make_config as plain_config
 
 from jaxpar.config import Config, MeshConfig
 from jaxpar.hlo import shapes
-from jaxpar.parallel.context import tile_size
+from jaxpar.parallel.tiles import tile_size
 from jaxpar.validation import validate_mesh
 
 EIGHT = MeshConfig(sequence=8)
