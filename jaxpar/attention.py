@@ -83,7 +83,8 @@ def attend(
     """
     cached = q_BSHK.shape[1] != k_BTGK.shape[1]
     assert options.context == "all_gather" or not cached, "a cache is read with all_gather"
-    kernel = None if cached or refuses(q_BSHK, options) else _CUDNN[_layout(options)]
+    local = jax.typeof(q_BSHK).sharding.shard_shape(q_BSHK.shape)
+    kernel = None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
     island = jax.shard_map(
         functools.partial(_LOCAL[options.context], kernel),
         in_specs=_in_specs(rules),
@@ -92,8 +93,11 @@ def attend(
     return island(q_BSHK, k_BTGK, v_BTGK, queries, keys)
 
 
-def refuses(q_BSHK: Any, options: Options) -> str:
-    """Why XLA and not cuDNN computes attention for queries of this shape and dtype on the devices of the mesh.
+def refuses_cudnn(local_shape: tuple[int, ...], dtype: Any, options: Options) -> str:
+    """Why XLA and not cuDNN computes attention on the devices of the mesh, or an empty string.
+
+    Args:
+      local_shape: of the queries of one device, [B, S, H, K]; dtype: theirs.
 
     Raises:
       ConfigError: `implementation=cudnn` asked for what cuDNN cannot.
@@ -106,7 +110,7 @@ def refuses(q_BSHK: Any, options: Options) -> str:
     elif options.zigzag and spread:
         why = "it needs tokens in the order of the text; use parallel.zigzag=false"
     else:
-        why = cudnn.refusal(cudnn.capability(), q_BSHK.dtype, q_BSHK.shape, packed=layout != "row")
+        why = cudnn.refusal(cudnn.capability(), dtype, local_shape, packed=layout != "row")
     if why and options.implementation == "cudnn":
         raise ConfigError(f"attention.implementation=cudnn: {why}, or attention.implementation=auto")
     return why

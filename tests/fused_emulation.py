@@ -11,7 +11,7 @@ from jaxpar import cudnn
 
 def _gathered(x_BTGK, offset, length_V, repeats=1):
     """The stretches of a [B, T, G, K] array, each padded to T tokens, and which tokens are of it: [V, T, G R, K]."""
-    B, T, G, K = x_BTGK.shape
+    _, T, G, K = x_BTGK.shape
     flat_X = x_BTGK.reshape(-1)
     begin_V = offset.ravel()[: length_V.size]
     token_VT = begin_V[:, None] + jnp.arange(T) * (G * K)

@@ -103,7 +103,8 @@ def ring_gradient(
     queries_n = jax.tree.map(tiles.tiles, queries)
 
     def visit(turn: Any, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array) -> tuple[jax.Array, tuple]:
-        return known.visit(kv, dq_n, queries_n, _held(keys, turn, s, axis), sees, jnp.float32)
+        zero = jnp.zeros_like(kv[0], jnp.float32)
+        return known.visit(kv, dq_n, (zero, zero), queries_n, _held(keys, turn, s, axis), sees)
 
     def add(arrived: tuple, here: tuple) -> tuple:
         return tuple((a.astype(jnp.float32) + x).astype(a.dtype) for a, x in zip(arrived, here, strict=True))
@@ -115,7 +116,7 @@ def ring_gradient(
         return (kv_next, add(dkv, here), dq_n), None
 
     kv = k_bsGK, v_bsGK
-    dq_n, here = visit(0, kv, jnp.zeros_like(known.q_nbqGRK.astype(jnp.float32)))
+    dq_n, here = visit(0, kv, jnp.zeros_like(known.q_nbqGRK, jnp.float32))
     dkv = tuple(x.astype(k_bsGK.dtype) for x in here)
     if c > 1:
         (kv, dkv, dq_n), _ = jax.lax.scan(step, (_pass_on(kv, axis), dkv, dq_n), jnp.arange(1, c - 1))
@@ -133,6 +134,6 @@ def _pass_on(tree: Any, axis: str) -> Any:
 
 
 def _held(keys: Any, turn: Any, tokens: int, axis: str) -> Any:
-    """Info of the block of keys that is here after `turn` turns, in tiles: that of the device so many places back."""
+    """Info of the block of keys that is here after `turn` turns: that of the device so many places back."""
     owner = (jax.lax.axis_index(axis) - turn) % jax.lax.axis_size(axis)
-    return jax.tree.map(lambda x: tiles.tiles(jax.lax.dynamic_slice_in_dim(x, owner * tokens, tokens, axis=1)), keys)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, owner * tokens, tokens, axis=1), keys)

@@ -4,7 +4,7 @@ Called inside a full-manual region, on local arrays. Who sees whom is a callable
 segments) is written once, in `attention`. The sums over keys come in parts, so a ring can add them block by block.
 
     b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
-    K: head dim   n: tiles of queries   m: tiles of keys   q, k: tokens of one tile of queries and of keys
+    K: head dim   n: tiles of queries   q, k: tokens of one tile of queries and of keys
 """
 
 import math
@@ -34,9 +34,8 @@ class Softmax(NamedTuple):
 
     @classmethod
     def empty(cls, q_nbqGRK: jax.Array) -> "Softmax":
-        like_nbGRqK = jnp.moveaxis(q_nbqGRK, 2, 4).astype(jnp.float32)
-        zero = jnp.zeros_like(like_nbGRqK[..., 0])
-        return cls(zero + _HIDDEN, zero, jnp.zeros_like(like_nbGRqK))
+        values = jnp.zeros_like(jnp.moveaxis(q_nbqGRK, 2, 4), jnp.float32)
+        return cls(jnp.full_like(values[..., 0], _HIDDEN), jnp.zeros_like(values[..., 0]), values)
 
     def finish(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The result [b, s, H, K], and the log-sum-exp [b, H, s]."""
@@ -47,20 +46,20 @@ class Softmax(NamedTuple):
 
 
 def absorb(
-    q_nbqGRK: jax.Array, kv: tuple[jax.Array, jax.Array], softmax_n: Softmax, queries_n: Any, keys_m: Any, sees: Sees
+    q_nbqGRK: jax.Array, kv: tuple[jax.Array, jax.Array], softmax_n: Softmax, queries_n: Any, keys: Any, sees: Sees
 ) -> Softmax:
-    """Adds a block of keys and values, [b, t, G, K] each, to the softmax of every query."""
-    k_mbkGK, v_mbkGK = map(tiles, kv)
+    """Adds a block of keys and values, [b, t, G, K] each, to the softmax of every query; `keys`: their info [b, t]."""
 
-    def tile(old: Softmax, _: tuple, i: jax.Array, j: jax.Array, mask_bqk: jax.Array) -> tuple[Softmax, tuple]:
-        scores = jnp.where(mask_bqk[:, None, None], _scores(q_nbqGRK[i], k_mbkGK[j]), _HIDDEN)
+    def tile(old: Softmax, _: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array) -> tuple[Softmax, tuple]:
+        k_bkGK, v_bkGK = kv
+        scores = jnp.where(mask_bqk[:, None, None], _scores(q_nbqGRK[i], k_bkGK), _HIDDEN)
         # Hidden keys of a row that has seen none yet count 1 each, until its first visible one scales them by 0.
         top = jnp.maximum(old.top, scores.max(-1))
         shares, scale = jnp.exp(scores - top[..., None]), jnp.exp(old.top - top)
-        values = dot("bGRqk,bkGK->bGRqK", shares.astype(v_mbkGK.dtype), v_mbkGK[j])
+        values = dot("bGRqk,bkGK->bGRqK", shares.astype(v_bkGK.dtype), v_bkGK)
         return Softmax(top, old.total * scale + shares.sum(-1), old.values * scale[..., None] + values), ()
 
-    return _sweep(tile, softmax_n, (), queries_n, keys_m, sees)[0]
+    return _sweep(tile, softmax_n, kv, (), (), queries_n, keys, sees)[0]
 
 
 class Backward(NamedTuple):
@@ -80,31 +79,29 @@ class Backward(NamedTuple):
         return cls(query_tiles(q_bsHK, groups), query_tiles(do_bsHK, groups), *statistics)
 
     def visit(
-        self, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array, queries_n: Any, keys_m: Any, sees: Sees, dtype: Any
+        self, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array, dkv: Any, queries_n: Any, keys: Any, sees: Sees
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Gradient of the queries so far (float32), and the contributions to those of a block of keys and values: added
-        up in float32, returned in `dtype`.
+        up in float32, written into `dkv`, or in the place of the keys and values themselves where that is None.
 
         With the log-sum-exp over all keys the shares of a block follow from its scores alone (Dao et al., 2022), so the
         scores are computed again and each block is visited once.
         """
-        k_mbkGK, v_mbkGK = map(tiles, kv)
-        scale = k_mbkGK.shape[-1] ** -0.5
+        b, t, G, K = kv[0].shape
 
-        def tile(dq_bqGRK: jax.Array, dkv: tuple, i: jax.Array, j: jax.Array, mask_bqk: jax.Array) -> tuple:
-            dk_bkGK, dv_bkGK = dkv
-            q, k, v, do = self.q_nbqGRK[i], k_mbkGK[j], v_mbkGK[j], self.do_nbqGRK[i]
+        def tile(dq_bqGRK: jax.Array, dkv: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array) -> tuple:
+            (dk_bkGK, dv_bkGK), (k, v) = dkv, kv
+            q, do = self.q_nbqGRK[i], self.do_nbqGRK[i]
             shares = jnp.where(mask_bqk[:, None, None], jnp.exp(_scores(q, k) - self.lse_nbGRq[i][..., None]), 0)
             dshares = dot("bqGRK,bkGK->bGRqk", do, v)
-            dscores = (shares * (dshares - self.mean_nbGRq[i][..., None]) * scale).astype(q.dtype)
+            dscores = (shares * (dshares - self.mean_nbGRq[i][..., None]) * K**-0.5).astype(q.dtype)
             dq_bqGRK += dot("bGRqk,bkGK->bqGRK", dscores, k)
             dk_bkGK += dot("bGRqk,bqGRK->bkGK", dscores, q)
             dv_bkGK += dot("bGRqk,bqGRK->bkGK", shares.astype(do.dtype), do)
             return dq_bqGRK, (dk_bkGK, dv_bkGK)
 
-        zero = jnp.zeros_like(k_mbkGK[0].astype(jnp.float32))
-        dq_n, dkv_m = _sweep(tile, dq_n, (zero, zero), queries_n, keys_m, sees, dtype)
-        return dq_n, tuple(whole(x, dim=1) for x in dkv_m)
+        zero = jnp.zeros_like(kv[0], jnp.float32, shape=(b, tile_size(t), G, K))
+        return _sweep(tile, dq_n, kv, (zero, zero), dkv, queries_n, keys, sees)
 
 
 def attention(
@@ -125,8 +122,8 @@ def attention(
     """
     q_bsHK, queries, keys = not_hoisted(q_bsHK, queries, keys)
     q_nbqGRK = query_tiles(q_bsHK, k_btGK.shape[2])
-    tiled = jax.tree.map(tiles, queries), jax.tree.map(tiles, keys)
-    return absorb(q_nbqGRK, (k_btGK, v_btGK), Softmax.empty(q_nbqGRK), *tiled, sees).finish(q_bsHK.dtype)
+    queries_n, start = jax.tree.map(tiles, queries), Softmax.empty(q_nbqGRK)
+    return absorb(q_nbqGRK, (k_btGK, v_btGK), start, queries_n, keys, sees).finish(q_bsHK.dtype)
 
 
 def attention_gradient(
@@ -143,9 +140,9 @@ def attention_gradient(
     """The gradients of `attention` with respect to q, k and v, from its results and the gradient of the first."""
     q_bsHK, queries, keys = not_hoisted(q_bsHK, queries, keys)
     known = Backward.of(q_bsHK, o_bsHK, lse_bHs, do_bsHK, k_btGK.shape[2])
-    tiled = jax.tree.map(tiles, queries), jax.tree.map(tiles, keys)
-    dq_n = jnp.zeros_like(known.q_nbqGRK.astype(jnp.float32))
-    dq_n, (dk_btGK, dv_btGK) = known.visit((k_btGK, v_btGK), dq_n, *tiled, sees, k_btGK.dtype)
+    queries_n, zero_n = jax.tree.map(tiles, queries), jnp.zeros_like(known.q_nbqGRK, jnp.float32)
+    # All keys and values are here, gathered for this: their gradients need no second room of that size.
+    dq_n, (dk_btGK, dv_btGK) = known.visit((k_btGK, v_btGK), zero_n, None, queries_n, keys, sees)
     return whole(dq_n, dim=1).reshape(q_bsHK.shape).astype(q_bsHK.dtype), dk_btGK, dv_btGK
 
 
@@ -156,28 +153,36 @@ def not_hoisted(q_bsHK: jax.Array, queries: Any, keys: Any) -> tuple[jax.Array, 
 
 
 def _sweep(
-    work: Callable, by_query: Any, by_key: Any, queries_n: Any, keys_m: Any, sees: Sees, dtype: Any = None
+    work: Callable, by_query: Any, kv: Any, zero: Any, results: Any, queries_n: Any, keys: Any, sees: Sees
 ) -> tuple[Any, Any]:
-    """Updates `by_query[i]` with every pair of tiles in which a query sees a key, and builds up for every tile of keys
-    what starts as `by_key`, stacked in `dtype`.
+    """Updates `by_query[i]` with every pair of tiles in which a query sees a key; builds up from `zero` the result of
+    every tile of `kv`, and writes it into `results`, or into `kv` itself where that is None.
 
     Whether one does differs between devices, so nothing in `work` may communicate.
     """
-    n, m = (jax.tree.leaves(x)[0].shape[0] for x in (queries_n, keys_m))
+    n, size = jax.tree.leaves(queries_n)[0].shape[0], tile_size(kv[0].shape[1])
 
-    def column(by_query: Any, j: jax.Array) -> tuple[Any, Any]:
-        keys = _at(keys_m, j)
+    def column(carry: tuple, j: jax.Array) -> tuple[tuple, None]:
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, j * size, size, axis=1)
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), j * size, axis=1)
+
+        by_query, results_so_far = carry
+        kv_tile, keys_tile = jax.tree.map(cut, (results_so_far if results is None else kv, keys))
 
         def pair(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
-            mask_bqk = sees(_at(queries_n, i), keys)
+            mask_bqk = sees(_at(queries_n, i), keys_tile)
             old = _at(carry[0], i), carry[1]
-            new = jax.lax.cond(jnp.any(mask_bqk), lambda: work(*old, i, j, mask_bqk), lambda: old)
+            new = jax.lax.cond(jnp.any(mask_bqk), lambda: work(*old, i, kv_tile, mask_bqk), lambda: old)
             return (_put(carry[0], i, new[0]), new[1]), None
 
-        (by_query, done), _ = jax.lax.scan(pair, (by_query, by_key), jnp.arange(n))
-        return by_query, jax.tree.map(lambda x: x.astype(dtype), done)
+        (by_query, done), _ = jax.lax.scan(pair, (by_query, zero), jnp.arange(n))
+        return (by_query, jax.tree.map(put, results_so_far, done)), None
 
-    return jax.lax.scan(column, by_query, jnp.arange(m))
+    start = by_query, kv if results is None else results
+    return jax.lax.scan(column, start, jnp.arange(kv[0].shape[1] // size))[0]
 
 
 def _at(tree_n: Any, i: jax.Array) -> Any:
@@ -185,7 +190,7 @@ def _at(tree_n: Any, i: jax.Array) -> Any:
 
 
 def _put(tree_n: Any, i: jax.Array, tree: Any) -> Any:
-    return jax.tree.map(lambda x, new: x.at[i].set(new), tree_n, tree)
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0), tree_n, tree)
 
 
 def _scores(q_bqGRK: jax.Array, k_bkGK: jax.Array) -> jax.Array:
