@@ -47,7 +47,7 @@ PACKED = {
 }
 
 
-def results(mesh, info: TokenInfo, options: Options, dtype=jnp.float32):
+def results(mesh, info: TokenInfo, options: Options, dtype=jnp.float32, head_dim=8):
     """Result and gradients of tokens that are not padding."""
     rules, (B, T) = Rules(), info.positions.shape
     draw = np.random.default_rng(1).standard_normal
@@ -65,7 +65,10 @@ def results(mesh, info: TokenInfo, options: Options, dtype=jnp.float32):
             return jax.device_put(x, NamedSharding(mesh, rules.spec(*names)))
 
         heads = ("heads", 4), ("kv_heads", 2), ("kv_heads", 2)
-        qkv = [put(draw((B, T, n, 8), np.float32).astype(dtype), "batch", "seq", name, "head_dim") for name, n in heads]
+        qkv = [
+            put(draw((B, T, n, head_dim), np.float32).astype(dtype), "batch", "seq", name, "head_dim")
+            for name, n in heads
+        ]
         queries, keys = (TokenInfo(*(put(x, "batch", dim) for x in info)) for dim in ("seq", None))
         return jax.tree.map(np.asarray, jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv, queries, keys))
 
