@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,8 @@ def main() -> int:
         share = first["both"] / row["both"]
         print(f"| {name} | {row['forward'] * 1e3:.2f} | {row['both'] * 1e3:.2f} | {share:.2f} |")
     if asked.json:
-        with open(asked.json, "w") as file:
-            json.dump(dict(device=device.device_kind, jax=jax.__version__, **vars(asked), results=results), file)
+        found = dict(device=device.device_kind, jax=jax.__version__, **vars(asked), results=results)
+        Path(asked.json).write_text(json.dumps(found, indent=2))
     return 0
 
 
