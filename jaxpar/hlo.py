@@ -92,7 +92,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 def flops(text: str) -> int:
     """Floating-point operations of matmuls on one device, run by run of every loop: those of dots, of cuBLAS calls and
-    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them."""
+    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them; loops of unknown length are not."""
     computations, entry = _computations(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
@@ -133,7 +133,7 @@ def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
 
 
 def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instruction]:
-    """Every instruction that a step runs, with how often."""
+    """Every instruction that a step runs, with how often: 0 in loops of unknown length."""
 
     def walk(name: str, count: int, depth: int) -> Iterator[_Instruction]:
         for line in computations[name]:
@@ -143,10 +143,9 @@ def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instructi
             yield found
             if found.operation == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest)
-                assert trips, f"a loop of unknown length: {line[:200]}"
                 body = re.search(r"body=%?([\w.\-]+)", found.rest)
                 assert body
-                yield from walk(body[1], count * int(trips[1]), depth + 1)
+                yield from walk(body[1], count * int(trips[1]) if trips else 0, depth + 1)
             elif found.operation in ("call", "fusion", "conditional", "async-start"):
                 for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", found.rest):
                     yield from walk(called, count, depth)
@@ -264,6 +263,7 @@ def _collective(
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
     else:
         total = sum(sizes)
+    assert found.count, f"a collective in a loop of unknown length: {found.name}"
     group = _groups(rest)
     if kind == "reduce-scatter" and not start:
         total *= len(next(iter(group)))

@@ -49,7 +49,14 @@ class Case:
 
 
 def case(
-    file: str, batch: int, mesh: dict[str, int], *, remat: str = "full", gpu: str = "h100", microbatches: int = 1, **groups: Any
+    file: str,
+    batch: int,
+    mesh: dict[str, int],
+    *,
+    remat: str = "full",
+    gpu: str = "h100",
+    microbatches: int = 1,
+    **groups: Any,
 ) -> Case:
     """`batch` is the sequences of a microbatch on one device."""
     raw = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]()
@@ -60,7 +67,9 @@ def case(
         raw[group].update(fields)
     config = resolve(raw)
     validate_mesh(config, sizes)
-    name = {json.dumps(M100): "124M", json.dumps(B1): "1.3B", json.dumps(B3): "3B"}.get(json.dumps(groups.get("model")), file)
+    name = {json.dumps(M100): "124M", json.dumps(B1): "1.3B", json.dumps(B3): "3B"}.get(
+        json.dumps(groups.get("model")), file
+    )
     return Case(name, config, sizes, gpu)
 
 
@@ -98,7 +107,9 @@ def cases() -> list[Case]:
         case("llama3_70b", 1, dict(fsdp=8, tensor=8)),
         case("llama3_70b", 1, dict(fsdp=16, tensor=4), remat="attention"),
         case("llama3_70b", 1, dict(data=4, fsdp=64)),
-        case("llama3_70b", 1, dict(fsdp=72), gpu="gb200") if False else case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
+        case("llama3_70b", 1, dict(fsdp=72), gpu="gb200")
+        if False
+        else case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
         case("llama3_405b", 1, dict(fsdp=1024)),
         case("llama3_405b", 1, dict(fsdp=128, tensor=8)),
         case("llama3_405b", 1, dict(data=2, fsdp=128, tensor=4), microbatches=2),
@@ -127,7 +138,11 @@ class Compiled:
             for row in report["collectives"]:
                 axes = "+".join(row["axes"])
                 sent[axes] = sent.get(axes, 0) + row["bytes"]
-            ops = [[row["op"], "+".join(row["axes"]), row["dtype"], row["size"], row["count"], row["source"]] for row in report["collectives"] if row["bytes"] > SMALL]
+            ops = [
+                [row["op"], "+".join(row["axes"]), row["dtype"], row["size"], row["count"], row["source"]]
+                for row in report["collectives"]
+                if row["bytes"] > SMALL
+            ]
             self._kept[key] = dict(memory=report["memory"], sent=sent, ops=ops, seconds=report["compile_seconds"])
             if self._file:
                 self._file.write_text(json.dumps(self._kept))
@@ -152,7 +167,10 @@ def main() -> None:
             print(found.name, found.mesh, report)
             continue
         error = peak.total / report["memory"]["peak"] - 1
-        print(f"{found.name:12} {found.mesh!s:32} {found.config.memory.remat:10} M{found.config.train.microbatches} {peak.total/2**30:7.2f} {report['memory']['peak']/2**30:7.2f} {error:+.1%}", flush=True)
+        print(
+            f"{found.name:12} {found.mesh!s:32} {found.config.memory.remat:10} M{found.config.train.microbatches} {peak.total / 2**30:7.2f} {report['memory']['peak'] / 2**30:7.2f} {error:+.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

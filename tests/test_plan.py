@@ -46,7 +46,7 @@ def test_data_before_tensor_before_pipeline(name):
 
 
 def test_many_microbatches_put_pipeline_before_tensor():
-    """Where the guidance of the field ends: the bubble shrinks with the microbatches, the traffic of tensor does not."""
+    """Where that guidance ends: the bubble shrinks with the microbatches, the traffic of tensor does not."""
     few, many = (config("llama3_8b", train=dict(batch_size=n)) for n in (8, 128))
     assert seconds(few, tensor=8) < seconds(few, pipeline=8)
     assert seconds(many, data=8) < seconds(many, pipeline=8) < seconds(many, tensor=8)
