@@ -6,6 +6,7 @@ overrides), `validation.resolve` turns it into a frozen `Config`, and from there
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -155,19 +156,21 @@ class MemoryConfig:
     @property
     def kept(self) -> tuple[str, ...]:
         """Names of the activations that stay on the device."""
-        asked = REMAT.get(self.remat) or ("residual", *split_names(self.remat))
-        return tuple(name for name in ACTIVATIONS if name in asked and name not in self.offloaded)
+        asked, away = REMAT.get(self.remat) or ("residual", *split_names(self.remat)), self.offloaded
+        return tuple(name for name in ACTIVATIONS if name in asked and name not in away)
 
     @property
     def offloaded(self) -> tuple[str, ...]:
         """Names of the activations that go to host memory."""
-        return tuple(name for name in ACTIVATIONS if name in split_names(self.offload))
+        away = split_names(self.offload)
+        return tuple(name for name in ACTIVATIONS if name in away)
 
     @property
     def offload_optimizer(self) -> bool:
         return "optimizer" in split_names(self.offload)
 
 
+@functools.cache
 def split_names(text: str) -> tuple[str, ...]:
     """The names of a list separated by commas."""
     return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -92,11 +92,12 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 def flops(text: str) -> int:
     """Floating-point operations of matmuls on one device, run by run of every loop: those of dots, of cuBLAS calls and
-    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them; loops of unknown length are not."""
+    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them; loops whose length
+    depends on the data (attention of packed documents, several at a time) count as one turn."""
     computations, entry = _computations(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
-    for found in _walk(computations, entry):
+    for found in _walk(computations, entry, unknown=1):
         if found.operation != "dot" and "custom_call_target" not in found.rest:
             continue
         if found.computation not in types:
@@ -132,8 +133,11 @@ def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
     return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
-def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instruction]:
-    """Every instruction that a step runs, with how often: 0 in loops of unknown length."""
+def _walk(computations: dict[str, list[str]], entry: str, *, unknown: int = 0) -> Iterator[_Instruction]:
+    """Every instruction that a step runs, with how often; loops of unknown length turn `unknown` times."""
+    instructions = {
+        match[1]: match for body in computations.values() for line in body if (match := _INSTRUCTION.match(line))
+    }
 
     def walk(name: str, count: int, depth: int) -> Iterator[_Instruction]:
         for line in computations[name]:
@@ -142,15 +146,43 @@ def _walk(computations: dict[str, list[str]], entry: str) -> Iterator[_Instructi
             found = _Instruction(name, match[1], match[2], match[3], match[4], count, depth)
             yield found
             if found.operation == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest)
                 body = re.search(r"body=%?([\w.\-]+)", found.rest)
                 assert body
-                yield from walk(body[1], count * int(trips[1]) if trips else 0, depth + 1)
+                trips = _trips(found, computations, instructions)
+                yield from walk(body[1], count * (unknown if trips is None else trips), depth + 1)
             elif found.operation in ("call", "fusion", "conditional", "async-start"):
                 for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", found.rest):
                     yield from walk(called, count, depth)
 
     return walk(entry, 1, 0)
+
+
+def _trips(found: _Instruction, computations: dict[str, list[str]], instructions: dict[str, re.Match]) -> int | None:
+    """How often a loop turns: as XLA notes it, or, where turns were taken out of it for pipelining, from where its
+    counter starts to the constant that it stays below. None: it depends on the data."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", found.rest)
+    place = re.search(r'known_induction_variable":\{"tuple_index":"(\d+)"', found.rest)
+    if not condition or not place:
+        return None
+    lines = list(computations[condition[1]])
+    for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(lines)):
+        lines += computations[called]
+    bound = re.search(r"s32\[\] constant\((\d+)\)", "\n".join(lines))
+    start = _constant(_operands(instructions[_operands(found.rest)[0]][4])[int(place[1])], instructions)
+    if not bound or start is None or "direction=LT" not in "\n".join(lines):
+        return None
+    return int(bound[1]) - start
+
+
+def _constant(name: str, instructions: dict[str, re.Match]) -> int | None:
+    """The number that a copy of a constant holds."""
+    while name in instructions and instructions[name][3] in ("copy", "bitcast", "constant"):
+        if instructions[name][3] == "constant":
+            return int(instructions[name][4].partition(")")[0])
+        name = _operands(instructions[name][4])[0]
+    return None
 
 
 def _operands(rest: str) -> list[str]:
