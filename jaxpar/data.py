@@ -285,8 +285,7 @@ def batches(
 
 def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) -> list[int]:
     """Indices of the windows in batch `step` of `batches`, in order."""
-    order = _order(windows, seed)
-    return [order(sample) for sample in range(step * batch_size, (step + 1) * batch_size)]
+    return _order(windows, seed)(np.arange(step * batch_size, (step + 1) * batch_size))
 
 
 def evaluation_batches(
@@ -307,41 +306,44 @@ def evaluation_batches(
     shape = (microbatches, batch_size // microbatches)
 
     def load(n: int) -> Batch:
-        return _assemble(windows, lambda k: k * len(windows) // total, n * batch_size, shape, rows, total)
+        return _assemble(
+            windows, lambda samples: (samples * len(windows) // total).tolist(), n * batch_size, shape, rows, total
+        )
 
     return _ahead(load, 0, math.ceil(total / batch_size), prefetch)
 
 
-def _order(windows: Windows, seed: int) -> Callable[[int], int]:
-    """Sample number -> window index: the order of grain's `MapDataset.shuffle(seed).repeat()`, by the function behind
-    it, which costs a third. The seed is hashed, for the epoch is added to it, and the second epoch of seed 0 should not
+def _order(windows: Windows, seed: int) -> Callable[[np.ndarray], list[int]]:
+    """Sample numbers -> window indices, in the order of grain's `MapDataset.shuffle(seed).repeat()`: the function
+    behind it costs a third. The seed is hashed, for the epoch is added to it, and the second epoch of seed 0 should not
     be the first of seed 1."""
     from grain.experimental import index_shuffle
 
     mixed, last = int(np.random.SeedSequence(seed).generate_state(1)[0]), len(windows) - 1
 
-    def window_of(sample: int) -> int:
-        epoch, index = divmod(sample, last + 1)
-        return index_shuffle(index, max_index=last, seed=(mixed + epoch) % 2**32, rounds=4)
+    def windows_of(samples: np.ndarray) -> list[int]:
+        epochs, indices = np.divmod(samples, last + 1)
+        seeds = ((mixed + epochs) % 2**32).tolist()
+        return [index_shuffle(i, last, s, 4) for i, s in zip(indices.tolist(), seeds, strict=True)]
 
-    return window_of
+    return windows_of
 
 
 def _assemble(
     windows: Windows,
-    index_of: Callable[[int], int],
+    index_of: Callable[[np.ndarray], list[int]],
     first: int,
     shape: tuple[int, int],
     rows: Sequence[int] | None,
     total: int = sys.maxsize,
 ) -> Batch:
     """Loads samples `first` .. first + M*b - 1, in `shape` [M, b]; those from `total` on and those of rows that are not
-    among `rows` are padding. `index_of`: sample number -> window."""
+    among `rows` are padding. `index_of`: sample numbers -> windows."""
     samples_Mb = np.arange(first, first + math.prod(shape)).reshape(shape)
     wanted_Mb = samples_Mb < total
     if rows is not None:
         wanted_Mb &= np.isin(np.arange(shape[1]), rows)
-    loaded = windows.load([index_of(sample) for sample in samples_Mb[wanted_Mb].tolist()])
+    loaded = windows.load(index_of(samples_Mb[wanted_Mb]))
     if wanted_Mb.all():
         return Batch(*(field.reshape(*shape, -1) for field in loaded))
     padding = {"tokens": 0, "targets": IGNORED, "positions": 0, "segments": 0}
