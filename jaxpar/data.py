@@ -162,11 +162,10 @@ def _load(
     tokens, lengths = (np.concatenate(arrays) for arrays in zip(*encoded, strict=True))
     if not fraction:
         return Stream([tokens], documents=len(lengths)), None
-    if len(lengths) == 1:
-        cut = max(0, len(tokens) - tail(len(tokens), fraction))
-        return Stream([tokens[:cut]], documents=1), Stream([tokens[cut:]], documents=0)
     held = held_out(0, len(lengths), fraction)
-    held[-1] |= not held.any()
+    if not held.any():
+        cut = max(0, len(tokens) - tail(int(lengths[-1]), fraction * len(lengths)))
+        return Stream([tokens[:cut]], documents=len(lengths)), Stream([tokens[cut:]], documents=0)
     of_held = np.repeat(held, lengths)
     return (
         Stream([tokens[~of_held]], documents=int((~held).sum())),
@@ -176,14 +175,15 @@ def _load(
 
 def held_out(first: int, count: int, fraction: float) -> np.ndarray:
     """Which of the documents `first` .. `first+count`-1 of a corpus are for validation; bool [count]. Evenly spaced and
-    independent of any seed. Whoever knows that a corpus has too few documents for one holds out its last."""
+    independent of any seed. Who knows that a corpus has too few documents for one holds out the `tail` of its last."""
     steps = np.floor(np.arange(first, first + count + 1) * fraction)
     return steps[1:] > steps[:-1]
 
 
-def tail(tokens: int, fraction: float) -> int:
-    """Tokens that a corpus of one document holds out at its end: enough for one prediction at least."""
-    return max(2, int(tokens * fraction))
+def tail(tokens: int, share: float) -> int:
+    """Tokens that a corpus with too few documents to hold one out holds out at the end of its last, which has `tokens`:
+    a `share` of it, the fraction times the number of documents, but enough for one prediction."""
+    return max(2, int(tokens * share))
 
 
 def _split_shards(stream: Stream, config: DataConfig, fraction: float) -> tuple[Stream, Stream]:

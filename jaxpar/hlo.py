@@ -31,7 +31,8 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction. `bytes` is the size of its whole (the result of a gather, the input of a scatter)
-    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands."""
+    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `axes`
+    is empty where every device is alone in its group and nothing is sent: the CPU compiler leaves such ones in."""
 
     kind: str
     axes: tuple[str, ...]
@@ -150,11 +151,11 @@ def _connected(links: list[tuple[int, ...]]) -> frozenset:
 
 
 def _axis_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
-    """Device groups -> the mesh axes along which they communicate."""
+    """Device groups -> the mesh axes along which they communicate; none for groups of one device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     used = [dim for dim, size in enumerate(ids.shape) if size > 1]
     found = {}
-    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(1, len(used) + 1)):
+    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(len(used) + 1)):
         rest = [dim for dim in range(ids.ndim) if dim not in dims]
         rows = ids.transpose([*rest, *dims]).reshape(-1, math.prod(ids.shape[dim] for dim in dims))
         found[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)
