@@ -98,7 +98,7 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
     `count`, `size` of one."""
     rows: dict[tuple, dict[str, Any]] = {}
     for found in hlo.collectives(text, mesh):
-        if len(found.group) == 1:
+        if not found.axes:
             continue
         key = (found.kind, found.axes, found.dtype, found.bytes, found.source, found.phase, found.asynchronous)
         row = rows.setdefault(

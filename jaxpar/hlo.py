@@ -33,7 +33,8 @@ _PACKAGE = str(Path(__file__).parent)
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction. `bytes` is the size of its whole (the result of a gather, the input of a scatter)
-    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `group` is one of the
+    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `axes` is empty where
+    every device is alone in its group and nothing is sent: the CPU compiler leaves such ones in. `group` is one of the
     device groups; `source` the line that asked for it, `phase` forward, backward or update; `asynchronous`: it is
     split into a start and a done, so that other work can run meanwhile."""
 
@@ -356,11 +357,11 @@ def _connected(links: list[tuple[int, ...]]) -> frozenset:
 
 
 def _axis_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
-    """Device groups -> the mesh axes along which they communicate."""
+    """Device groups -> the mesh axes along which they communicate; none for groups of one device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     used = [dim for dim, size in enumerate(ids.shape) if size > 1]
     found = {}
-    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(1, len(used) + 1)):
+    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(len(used) + 1)):
         rest = [dim for dim in range(ids.ndim) if dim not in dims]
         rows = ids.transpose([*rest, *dims]).reshape(-1, math.prod(ids.shape[dim] for dim in dims))
         found[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.plan import parameter_count
+from jaxpar.counts import parameter_count
 from jaxpar.validation import resolve, validate_mesh
 
 FOLDER = Path(__file__).parents[1] / "configs"

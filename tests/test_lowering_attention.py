@@ -7,12 +7,12 @@ test_cudnn.py, and what they compute by test_attention_gpu.py.
 import dataclasses
 import math
 import re
-from pathlib import Path
 
 import pytest
 from test_lowering import BF16, MODEL, compile_step, traffic
 from test_lowering_context import make_config as context_config
 
+from jaxpar import hardware
 from jaxpar.compile import absent_gpus, check_attention, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.hlo import shapes
@@ -99,7 +99,7 @@ def test_long_rows_without_cudnn_hold_the_scores_of_tiles(kind):
 
 
 def a40s():
-    return absent_gpus((Path(__file__).parents[1] / "scripts" / "gpus" / "a40.txtpb").read_text(), "1x1x2")
+    return absent_gpus(hardware.find("a40").target, "1x1x2")
 
 
 def test_the_devices_decide_and_not_the_machine():
