@@ -39,6 +39,11 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def matrix_sizes(model: ModelConfig) -> dict[str, int]:
+    """Elements of every parameter that is multiplied; norm scales are left out."""
+    return {name: math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)}
+
+
 def parameter_count(model: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(model).values())

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, Shape, is_matrix, parameter_shapes
+from jaxpar.counts import ITEMSIZE, Shape, is_matrix, matrix_sizes, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Peak:
     """Bytes of a device when it holds the most. `gradients`: sums, and those of one microbatch; `activations`: kept for
     the backward pass; `vocabulary`: chunk of logits, head and embedding as gathered, and their gradients; `weights`: as
     gathered; `stash`: inputs of pipeline stages that wait for their backward pass; `working`: what the layer at work
-    needs; `gaps`: between buffers, which cannot all be packed."""
+    needs."""
 
     parameters: int
     optimizer: int
@@ -23,7 +23,6 @@ class Peak:
     stash: int
     working: int
     batch: int
-    gaps: int
 
     @property
     def total(self) -> int:
@@ -47,8 +46,14 @@ PART_NAMES = {
 }
 """The parts of memory, in words."""
 
-GAPS = 0.05
-"""Of the temporary buffers at the peak."""
+# What cannot be told from the program alone, but only from what XLA makes of it; found by comparing with compiled steps
+# (docs/predictions.md says how well). The pair is without and with `compile.gpu_preset`, which pipelines the loops.
+_LAYER = (2.5, 4.5)  # the gathered weights of a layer, times: those of the next one, and their gradients in float32
+_LAYER_WHOLE = (1.0, 1.0)  # the same where nothing is gathered in the layer
+_WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
+_SUMS = (2, 3)  # gradient sums in the loop over microbatches: what was added up, and what is being added
+_TURNS = (1.0, 1.5)  # activations, times, where the loop over microbatches has more than one turn left
+_LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
 def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
@@ -61,49 +66,56 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
       mesh: sizes of the axes.
       chunks: parts of the model that each pipeline stage holds.
     """
-    state = state_bytes(config, mesh)
-    sizes = activation_bytes(config, mesh)
-    train, model, stages = config.train, config.model, mesh.pipeline
-    L = model.layers // stages
-    sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
-    tokens = sequences * config.data.sequence_length // mesh.sequence
-    compute = ITEMSIZE[config.precision.compute]
-    residual = compute * tokens * model.dim
-    kept = sum(sizes[name] for name in config.memory.kept)
-    stash = 0
-    if stages > 1:  # stage inputs in flight; a stage's own activations live only during its backward pass
-        stash = sizes["residual"] * min(
-            2 * stages - 1 if chunks == 1 else 2 * chunks * stages, train.microbatches * chunks
-        )
-        L //= chunks
-    ends = model.vocab_size * model.dim // (mesh.tensor * stages)
-    shapes = parameter_shapes(model)
-    matrices = sum(math.prod(s) for name, s in shapes.items() if name.startswith("layers.") and is_matrix(name))
-    matrices //= mesh.tensor * stages
-    layer = matrices // (model.layers // stages)
-    once = gathers_once(config, mesh) and mesh.fsdp > 1
+    state, train, model = state_bytes(config, mesh), config.train, config.model
+    sizes, preset = activation_bytes(config, mesh), config.compile.gpu_preset
+    compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
+    tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
+    L = model.layers // (mesh.pipeline * chunks)
+    layers = sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers.")) // shards
+    layer, ends = layers // (model.layers // mesh.pipeline), model.vocab_size * model.dim // shards
+    gathered_once = gathers_once(config, mesh) and mesh.fsdp > 1
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
-    weights = compute * (matrices + ends) // (1 if once else mesh.fsdp) if once or zero else 0
-    sums = state["gradients"] if train.microbatches > 1 else 0
-    chunk = min(config.loss.chunk, tokens)
-    logits = 10 * chunk * model.vocab_size // (mesh.tensor * stages)
-    activations = kept * L
-    loss = dict(gradients=sums, vocabulary=logits + (compute + 4) * ends, working=3 * residual)
-    one = sum(sizes.values())
+    entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
+
+    gradients, activations = state["gradients"], L * sum(sizes[name] for name in config.memory.kept)
+    if entered:
+        gradients += entered  # of a microbatch, in the dtype of the entered weights
+    elif train.microbatches > 1:
+        gradients *= _SUMS[preset]
+    if train.microbatches > 2:
+        activations = int(_TURNS[preset] * activations)
+    in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
-        gradients=sums + state["gradients"],
-        vocabulary=compute * ends,
-        weights=weights + 2 * compute * layer,
-        working=2 * one,
+        gradients=gradients,
+        activations=activations,
+        vocabulary=2 * compute * ends if train.microbatches > 1 and not entered else 0,
+        weights=entered + int(in_layer[preset] * compute * layer),
+        working=int(_WORKING * sum(sizes.values())),
     )
-    embedding = dict(gradients=sums + state["gradients"], vocabulary=(compute + 4) * ends, working=residual)
-    moments = [dict(activations=activations, **loss), dict(activations=activations, **backward), embedding]
-    worst = max(moments, key=lambda moment: sum(moment.values()))
-    worst = dict(activations=0, weights=weights) | worst
-    batch = 16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence)
-    gaps = int(GAPS * (sum(worst.values()) + stash))
-    offloaded = state["optimizer"] if config.memory.offload_optimizer else 0
-    return Peak(state["parameters"], state["optimizer"] - offloaded, stash=stash, batch=batch, gaps=gaps, **worst)
+    residual = compute * tokens * model.dim
+    loss = dict(
+        gradients=gradients if train.microbatches > 1 else 0,
+        activations=activations,
+        vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards + (compute + 4) * ends,
+        weights=entered,
+        working=3 * residual,
+    )
+    embedding = dict(gradients=gradients, vocabulary=(compute + 4) * ends, weights=entered, working=residual)
+    worst = max(backward, loss, embedding, key=lambda moment: sum(moment.values()))
+    return Peak(
+        parameters=state["parameters"],
+        optimizer=0 if config.memory.offload_optimizer else state["optimizer"],
+        stash=_stash(mesh.pipeline, chunks, train.microbatches) * sizes["residual"],
+        batch=16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence),
+        **{"activations": 0} | worst,
+    )
+
+
+def _stash(stages: int, chunks: int, microbatches: int) -> int:
+    """Inputs of stages that wait for their backward pass; a stage's activations live only during it."""
+    if stages == 1:
+        return 0
+    return min(2 * stages - 1 if chunks == 1 else 2 * chunks * stages, microbatches * chunks)
 
 
 def gathers_once(config: Config, mesh: MeshConfig) -> bool:

@@ -1,7 +1,8 @@
 """What a device sends in a step, counted: every collective by axis, dtype and bytes. Needs no device.
 
 The arithmetic of what the step does; `tests/test_traffic.py` holds it against compiled steps. Sizes are as in `hlo`: of
-the whole, which is the result of a gather and the input of a scatter. Small sums (norm scales, losses) are left out.
+the whole, which is the result of a gather and the input of a scatter. Sums of a few numbers (the loss, the norm) are
+left out.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, is_matrix, parameter_shapes
+from jaxpar.counts import ITEMSIZE, matrix_sizes, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,9 @@ def _weights(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
     """Gathers of weights, reductions of their gradients."""
     model, parallel = config.model, config.parallel
     compute, summed = ITEMSIZE[config.precision.compute], ITEMSIZE[config.precision.grad_reduce]
-    shapes = parameter_shapes(model)
-    layers = sum(math.prod(s) for name, s in shapes.items() if name.startswith("layers.") and is_matrix(name))
-    layers /= mesh.tensor * mesh.pipeline
-    embedding = math.prod(shapes["embedding"]) / (mesh.tensor * mesh.pipeline)
+    sizes = matrix_sizes(model)
+    layers = sum(size for name, size in sizes.items() if name.startswith("layers.")) / (mesh.tensor * mesh.pipeline)
+    embedding = sizes["embedding"] / (mesh.tensor * mesh.pipeline)
     ends = embedding * (1 if model.tie_embeddings else 2)
     count, L = config.train.microbatches, model.layers // mesh.pipeline
     zero = parallel.optimizer_sharding == "data" and mesh.data > 1
@@ -79,6 +79,10 @@ def _weights(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
     axes = ("data",) if mesh.data > 1 and not zero else ()
     axes += tuple(axis for axis in ("expert", "sequence") if getattr(mesh, axis) > 1)
     yield Transfer("all-reduce", axes, left, 1)
+    scales = summed * sum(map(math.prod, parameter_shapes(model).values())) - summed * sum(sizes.values())
+    spread = [axis for axis in ("data", "fsdp", "expert", "sequence") if getattr(mesh, axis) > 1]
+    spread += ["tensor"] * (mesh.tensor > 1 and parallel.sequence_parallel)
+    yield Transfer("all-reduce", tuple(spread), scales / mesh.pipeline, 1)
 
 
 def _activations(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
@@ -115,8 +119,10 @@ def _context(config: Config, mesh: MeshConfig, tokens: float, runs: int) -> Iter
         yield Transfer("all-gather", axes, keys, 4 * runs)
         yield Transfer("reduce-scatter", axes, keys, 2 * runs)
     elif config.parallel.context == "ring":
-        yield Transfer("collective-permute", axes, 2 * keys / n, (n - 1) * runs * (1 + again), hidden=True)
-        yield Transfer("collective-permute", axes, 2 * keys / n, 3 * (n - 1) * runs, hidden=True)
+        # Keys and values go round but for the last hop, their gradients all the way. Of two devices, the one hop that
+        # is recomputed is that of the backward pass.
+        turns = 2 if again and n > 2 else 1
+        yield Transfer("collective-permute", axes, 2 * keys / n, (turns * (n - 1) + 2 * n - 1) * runs, hidden=True)
     else:
         yield Transfer("all-to-all", axes, queries / n, (4 + 2 * again) * runs)
         yield Transfer("all-to-all", axes, keys / n, (4 + 2 * again) * runs)

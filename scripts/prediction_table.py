@@ -20,8 +20,9 @@ from typing import Any
 
 from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.config import Config, MeshConfig
+from jaxpar.counts import step_flops
 from jaxpar.hardware import find
-from jaxpar.memory import peak_memory
+from jaxpar.memory import RESERVE, peak_memory
 from jaxpar.plan import best_of_each_mesh, rank
 from jaxpar.traffic import by_axes, transfers
 from jaxpar.validation import resolve, validate_mesh
@@ -118,59 +119,173 @@ def cases() -> list[Case]:
 
 
 class Compiled:
-    """Reports of compiled cases, kept in a file if there is one."""
+    """Reports of compiled runs, kept in a file if there is one."""
 
     def __init__(self, file: Path | None, timeout: float):
         self._file, self._timeout = file, timeout
         self._kept: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
 
-    def __call__(self, found: Case) -> dict[str, Any] | str:
-        """Peak, its parts and bytes by axes; or why there are none."""
+    def __call__(self, found: Case) -> dict[str, Any]:
+        """Memory and its parts, bytes by axes, seconds of compilation.
+
+        Raises:
+          CompileFailed: there are none.
+        """
         key = found.key()
         if key not in self._kept:
             gpu = find(found.gpu)
             target = Target(gpu, gpu.topology(found.mesh.devices))
-            try:
-                report = compile_report(found.config, dataclasses.asdict(found.mesh), target, self._timeout)
-            except CompileFailed as error:
-                return str(error).splitlines()[-1]
+            report = compile_report(found.config, dataclasses.asdict(found.mesh), target, self._timeout)
             sent: dict[str, int] = {}
             for row in report["collectives"]:
                 axes = "+".join(row["axes"])
                 sent[axes] = sent.get(axes, 0) + row["bytes"]
-            ops = [
-                [row["op"], "+".join(row["axes"]), row["dtype"], row["size"], row["count"], row["source"]]
-                for row in report["collectives"]
-                if row["bytes"] > SMALL
-            ]
-            self._kept[key] = dict(memory=report["memory"], sent=sent, ops=ops, seconds=report["compile_seconds"])
+            self._kept[key] = dict(memory=report["memory"], sent=sent, seconds=report["compile_seconds"])
             if self._file:
                 self._file.write_text(json.dumps(self._kept))
         return self._kept[key]
 
 
+def against_compiler(compiled: Compiled, only: str) -> str:
+    """The table of peaks and traffic, and its summary."""
+    rows, errors, traffic, failed = [], [], [], []
+    for found in cases():
+        if only not in found.name:
+            continue
+        name = f"{found.name}, {found.mesh}, {found.config.memory.remat}"
+        try:
+            report = compiled(found)
+        except CompileFailed as error:
+            failed.append(f"Left out: {name}: {str(error).splitlines()[-1]}")
+            continue
+        predicted, peak = peak_memory(found.config, found.mesh).total, report["memory"]["peak"]
+        sent, counted = report["sent"], by_axes(transfers(found.config, found.mesh))
+        off = {
+            axes: counted.get(axes, 0) / max(sent.get(axes, 0), 1) - 1
+            for axes in {*sent, *counted}
+            if max(sent.get(axes, 0), counted.get(axes, 0)) > SMALL
+        }
+        errors.append(predicted / peak - 1)
+        traffic += off.values()
+        print(f"{name}: {errors[-1]:+.1%}", file=sys.stderr)
+        train, parallel = found.config.train, found.config.parallel
+        more = [f"{train.microbatches} microbatches"] * (train.microbatches > 1)
+        more += [parallel.gather] * (parallel.gather == "per_step") + ["ZeRO-1"] * (
+            parallel.optimizer_sharding == "data"
+        )
+        more += [parallel.context] * (found.mesh.sequence > 1) + ["bfloat16"] * (
+            found.config.precision.params != "float32"
+        )
+        more += ["no sequence parallelism"] * (found.mesh.tensor > 1 and not parallel.sequence_parallel)
+        cells = [
+            found.name,
+            f"{found.mesh.devices} {found.gpu}",
+            str(found.mesh),
+            found.config.memory.remat,
+            ", ".join(more),
+        ]
+        worst = ", ".join(f"{axes} {value:+.1%}" for axes, value in sorted(off.items()))
+        rows.append([*cells, gib(predicted), gib(peak), f"{errors[-1]:+.1%}", worst])
+    head = "model | GPUs | mesh | remat | with | predicted peak, GiB | compiled, GiB | off | bytes by axes, off"
+    sizes = sorted(map(abs, errors))
+    summary = (
+        f"{len(rows)} configurations. Peak: median of the absolute errors **{statistics.median(sizes):.1%}**, 90th "
+        f"percentile **{sizes[math.ceil(0.9 * len(sizes)) - 1]:.1%}**, largest {sizes[-1]:.1%}. Bytes by axes: largest error "
+        f"**{max(map(abs, traffic)):.1%}** of {len(traffic)}."
+    )
+    return "\n\n".join([summary, table(head, rows), *failed])
+
+
+PUBLISHED = {
+    (
+        "llama3_8b",
+        8,
+    ): "33 to 39% MFU at bf16 to fp8 (torchtitan, attention as the full square); 14,451 tokens/s (Megatron-Bridge, fp8)",
+    ("llama3_70b", 64): "1,602 tokens/s (Megatron-Bridge, fp8); 597 on 256 GPUs (torchtitan)",
+    ("llama3_405b", 1024): "292 tokens/s (Megatron-Bridge, fp8); 100 to 128 on 512 GPUs (torchtitan, fp8)",
+}
+"""Per GPU, of others on H100s; sources in the README of each."""
+
+
+def best_meshes(compiled: Compiled, only: str) -> str:
+    """What `plan` takes for Llama 3, compiled, beside published results of others."""
+    rows, gpu = [], find("h100")
+    for (name, devices), published in PUBLISHED.items():
+        if only not in name:
+            continue
+        config = resolve(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]())
+        for best in best_of_each_mesh(rank(config, gpu, devices))[:3]:
+            try:
+                peak = compiled(Case(name, best.config, best.mesh, "h100"))["memory"]["peak"]
+            except CompileFailed as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            if peak + RESERVE <= gpu.memory_bytes:
+                break
+        tokens = step_flops(best.config).tokens / best.seconds / devices
+        how = f"{best.mesh}, {best.config.train.microbatches} microbatches, remat {best.config.memory.remat}"
+        figures = [gib(best.peak.total), gib(peak), f"{best.seconds:.1f}", f"{tokens:,.0f}", f"{best.mfu(gpu):.0%}"]
+        rows.append([name, str(devices), how, *figures, published])
+    head = "config | H100s | best mesh | predicted peak, GiB | compiled, GiB | predicted step, s | predicted tokens/s"
+    return table(head + " a GPU | predicted MFU | published, by others, a GPU", rows)
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    lines = [header.split("|"), ["---"] * (header.count("|") + 1), *rows]
+    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
+
+
+TEXT = """\
+# Predictions
+
+Written on {date} with jax {jax} and its CUDA compiler {plugin}, by
+
+    PYTHONPATH=.:.venv/gpu-compiler python scripts/prediction_table.py
+
+for GPUs that were not there. **Nothing here was measured on a GPU.** "Predicted" is the arithmetic of `jaxpar.plan`,
+"compiled" what XLA's GPU compiler says of the same step: peak = arguments + results - donated + temporary buffers, of
+one device. In neither: the CUDA context and NCCL's buffers (`plan` and `explain` keep 2 GiB free for them) and the
+workspace of cuDNN's attention.
+
+## Memory and traffic, arithmetic against compiler
+
+{compiler}
+
+Bytes are those of all collectives of a step on one device, by the axes they run over; axes with less than 2 MiB a step
+(norm scales, sums of the loss) are left out.
+
+## The best meshes for Llama 3 on H100s
+
+{best}
+
+The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention once. Times rest on
+shares of peaks that were not measured with jaxpar (`jaxpar/timing.py` lists them), and on the assumption that traffic
+which nothing waits for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
+Mixture-of-experts models (Mixtral) are not built yet, so there is no row for one.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only the cases whose name has this word")
+    parser.add_argument("--only", default="", help="only the configs whose name has this word")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a compilation may take")
     parser.add_argument("--cache", type=Path, help="keep what was compiled in this file, and read it from there")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "predictions.md", help="the page to write")
     options = parser.parse_args()
     check_gpu_compiler()
     compiled = Compiled(options.cache, options.timeout)
-    for found in cases():
-        if options.only not in found.name:
-            continue
-        report = compiled(found)
-        peak = peak_memory(found.config, found.mesh)
-        if isinstance(report, str):
-            print(found.name, found.mesh, report)
-            continue
-        error = peak.total / report["memory"]["peak"] - 1
-        print(
-            f"{found.name:12} {found.mesh!s:32} {found.config.memory.remat:10} M{found.config.train.microbatches} {peak.total / 2**30:7.2f} {report['memory']['peak'] / 2**30:7.2f} {error:+.1%}",
-            flush=True,
-        )
+    page = TEXT.format(
+        date=datetime.date.today().isoformat(),
+        jax=importlib.metadata.version("jax"),
+        plugin=importlib.metadata.version("jax-cuda12-plugin"),
+        compiler=against_compiler(compiled, options.only),
+        best=best_meshes(compiled, options.only),
+    )
+    options.output.write_text(page)
 
 
 if __name__ == "__main__":
