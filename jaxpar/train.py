@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import cli, data, plan, xla
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, other_data, restore_run
-from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
+from jaxpar.compile import abstract_state, check_attention, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
     check_host_memory(config, mesh)
+    check_attention(config, mesh)
     if jax.process_index() == 0:
         print(describe(config, mesh, corpus), flush=True)
     try:

@@ -34,7 +34,7 @@ CHOICES = {
     "parallel.gather": ("per_layer", "per_step"),
     "parallel.optimizer_sharding": ("none", "data"),
     "parallel.context": ("all_gather", "ring", "ulysses"),
-    "attention.implementation": ("auto", "xla"),
+    "attention.implementation": ("auto", "cudnn", "xla"),
     "data.shard_dtype": ("auto", "uint16", "uint32"),
 }
 
