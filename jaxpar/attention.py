@@ -224,9 +224,9 @@ def _local(
     S, T = q_BSHK.shape[1], k_BTGK.shape[1]
     if S <= _QUERIES or T <= _WHOLE_ROWS:
         return keep(_softmax_attention(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
-    q_BSHK, *queries = (_in_tiles(x, S) for x in (q_BSHK, *queries))
-    k_BTGK, v_BTGK, *keys = (_in_tiles(x, T) for x in (k_BTGK, v_BTGK, *keys))
-    return _attention(_TILES, q_BSHK, k_BTGK, v_BTGK, TokenInfo(*queries), TokenInfo(*keys))[:, :S]
+    q_BSHK, queries = jax.tree.map(lambda x: _in_tiles(x, S), (q_BSHK, queries))
+    k_BTGK, v_BTGK, keys = jax.tree.map(lambda x: _in_tiles(x, T), (k_BTGK, v_BTGK, keys))
+    return _attention(_TILES, q_BSHK, k_BTGK, v_BTGK, queries, keys)[:, :S]
 
 
 def _in_tiles(x: jax.Array, tokens: int) -> jax.Array:
@@ -243,11 +243,12 @@ def _cudnn(first_key: Callable[[jax.Array], Any]) -> Kernel:
 
     def forward(q_BSHK, k_BTGK, v_BTGK, queries, keys):
         del keys  # those of the queries' documents
-        return cudnn.attention(q_BSHK, k_BTGK, v_BTGK, *queries, first_key(q_BSHK))
+        return cudnn.attention(q_BSHK, k_BTGK, v_BTGK, queries.positions, queries.segments, first_key(q_BSHK))
 
     def backward(q_BSHK, k_BTGK, v_BTGK, queries, keys, *results):
         del keys
-        return cudnn.attention_gradient(q_BSHK, k_BTGK, v_BTGK, *queries, first_key(q_BSHK), *results)
+        known = queries.positions, queries.segments, first_key(q_BSHK), *results
+        return cudnn.attention_gradient(q_BSHK, k_BTGK, v_BTGK, *known)
 
     return Kernel(forward, backward)
 

@@ -20,7 +20,7 @@ def absent_gpus(target: str, topology: str) -> list[jax.Device]:
     """Descriptions of GPUs to compile for.
 
     Args:
-      target: text of a target description, as in `scripts/gpus/h100.txtpb`.
+      target: text of a target description, as in `assets/gpus/h100.txtpb`.
       topology: NVLink domains x hosts in each x GPUs in each, such as `1x1x8` for eight GPUs of one host.
     """
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices

@@ -71,7 +71,7 @@ def attention(
     v_BTGK: jax.Array,
     positions_BS: jax.Array,
     segments_BS: jax.Array,
-    first_key: jax.Array | None,
+    first_key: jax.Array | int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of tokens in the order of the text, each document for itself.
 
@@ -109,7 +109,7 @@ def attention_gradient(
     v_BTGK: jax.Array,
     positions_BS: jax.Array,
     segments_BS: jax.Array,
-    first_key: jax.Array | None,
+    first_key: jax.Array | int | None,
     o_BSHK: jax.Array,
     lse_BHS: jax.Array,
     do_BSHK: jax.Array,
@@ -126,7 +126,9 @@ def attention_gradient(
     return _over_boxes(one, zero, positions_BS, segments_BS, first_key)
 
 
-def _over_boxes(one: Any, start: Any, positions_BS: jax.Array, segments_BS: jax.Array, first_key: jax.Array) -> Any:
+def _over_boxes(
+    one: Any, start: Any, positions_BS: jax.Array, segments_BS: jax.Array, first_key: jax.Array | int
+) -> Any:
     """Adds up what queries see: of their documents the part that is here (causal), a few documents at a time and as
     often as the rows need, then the part that lies before (whole)."""
     number_BS = document_numbers(positions_BS, segments_BS)
@@ -154,7 +156,7 @@ def document_numbers(positions_BS: jax.Array, segments_BS: jax.Array) -> jax.Arr
     return jnp.where(segments_BS > 0, jnp.cumsum(begins_BS, axis=1, dtype=jnp.int32) - 1, -1)
 
 
-def own_boxes(number_BS: jax.Array, first: jax.Array, some: int, first_key: jax.Array) -> Boxes:
+def own_boxes(number_BS: jax.Array, first: jax.Array, some: int, first_key: jax.Array | int) -> Boxes:
     """The documents `first` .. `first + some - 1` of each row, seen by themselves."""
     mine_BSN = number_BS[..., None] == first + jnp.arange(some)
     place_S1 = jnp.arange(number_BS.shape[1], dtype=jnp.int32)[:, None]
@@ -163,7 +165,7 @@ def own_boxes(number_BS: jax.Array, first: jax.Array, some: int, first_key: jax.
     return Boxes(start_BN, length_BN, start_BN + first_key, length_BN)
 
 
-def earlier_boxes(positions_BS: jax.Array, number_BS: jax.Array, first_key: jax.Array) -> Boxes:
+def earlier_boxes(positions_BS: jax.Array, number_BS: jax.Array, first_key: jax.Array | int) -> Boxes:
     """The first document of each row, and what there is of it before the first query. Second box: none."""
     length_B = (number_BS == 0).sum(1, dtype=jnp.int32)
     before_B = jnp.where(number_BS[:, 0] == 0, positions_BS[:, 0], 0)
@@ -200,7 +202,8 @@ class _Packed(NamedTuple):
 
         place_V = jnp.where(used_V, jnp.cumsum(used_V, dtype=jnp.int32) - 1, B * N)
         return cls(
-            *(lengths(jnp.where(boxes.q_length > 0, x, 0)) for x in (boxes.q_length, boxes.k_length)),
+            lengths(boxes.q_length),
+            lengths(jnp.where(boxes.q_length > 0, boxes.k_length, 0)),
             offsets(boxes.q_start, q_BSHK),
             offsets(boxes.k_start, k_BTGK),
             place_V.reshape(B, N),
@@ -240,11 +243,12 @@ def _boxed_backward(
     begin_V1 = packed.q_offset.ravel()[: B * boxes.q_start.shape[1], None] // (H * K)
     lse_XH = lse_BHS.swapaxes(1, 2).reshape(B * S, H)
     stats_VHS = lse_XH[jnp.minimum(begin_V1 + jnp.arange(S), B * S - 1)].swapaxes(1, 2)
-    gradients = _backward_call(q_BSHK, k_BTGK, v_BTGK, stats_VHS, o_BSHK, do_BSHK, packed, causal=causal)
-    inside_BS = _inside(boxes.q_start, boxes.q_length, S).any(-1)
-    inside_BT = _inside(boxes.k_start, boxes.k_length, k_BTGK.shape[1]).any(-1)
-    inside = (inside_BS, inside_BT, inside_BT)
-    return tuple(jnp.where(i[..., None, None], g, 0) for i, g in zip(inside, gradients, strict=True))
+    dq_BSHK, dk_BTGK, dv_BTGK = _backward_call(
+        q_BSHK, k_BTGK, v_BTGK, stats_VHS, o_BSHK, do_BSHK, packed, causal=causal
+    )
+    q_inside = _inside(boxes.q_start, boxes.q_length, S).any(-1)[..., None, None]
+    k_inside = _inside(boxes.k_start, boxes.k_length, k_BTGK.shape[1]).any(-1)[..., None, None]
+    return jnp.where(q_inside, dq_BSHK, 0), jnp.where(k_inside, dk_BTGK, 0), jnp.where(k_inside, dv_BTGK, 0)
 
 
 def _inside(start_BN: jax.Array, length_BN: jax.Array, tokens: int) -> jax.Array:

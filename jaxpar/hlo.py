@@ -64,8 +64,9 @@ class Buffer:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """`rest` is the text after the opening parenthesis; `count` how often a step runs it."""
+class Instruction:
+    """What a step runs `count` times, in `depth` nested loops, at the least: a loop whose length depends on the data
+    counts as one turn, and `known` says whether there was none. `rest` is the text after the opening parenthesis."""
 
     computation: str
     name: str
@@ -74,19 +75,20 @@ class _Instruction:
     rest: str
     count: int
     depth: int
+    known: bool
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Every collective of a compiled module, walked from its entry through loops, calls and fusions.
+    """Every collective of a compiled module.
 
     A combined collective (a tuple) counts as one, with the bytes of all its parts.
     """
     groups, source = _axis_groups(mesh), _Sources(text)
-    computations, entry = _computations(text)
-    made_by = {match[1]: match[4] for body in computations.values() for match in map(_INSTRUCTION.match, body) if match}
+    everything = list(instructions(text))
+    made_by = {found.name: found.rest for found in everything}
     return [
         _collective(kind, found, groups, source, _described(found.rest, made_by))
-        for found in _walk(computations, entry)
+        for found in everything
         if (kind := found.operation.removesuffix("-start")) in KINDS
     ]
 
@@ -95,10 +97,10 @@ def flops(text: str) -> int:
     """Floating-point operations of matmuls on one device, run by run of every loop: those of dots, of cuBLAS calls and
     of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them; loops whose length
     depends on the data (attention of packed documents, several at a time) count as one turn."""
-    computations, entry = _computations(text)
+    computations, _ = _computations(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
-    for found in _walk(computations, entry, unknown=1):
+    for found in instructions(text):
         if found.operation != "dot" and "custom_call_target" not in found.rest:
             continue
         if found.computation not in types:
@@ -134,31 +136,30 @@ def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
     return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
-def _walk(computations: dict[str, list[str]], entry: str, *, unknown: int = 0) -> Iterator[_Instruction]:
-    """Every instruction that a step runs, with how often; loops of unknown length turn `unknown` times."""
-    instructions = {
-        match[1]: match for body in computations.values() for line in body if (match := _INSTRUCTION.match(line))
-    }
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction of a compiled module, walked from its entry through loops, calls and fusions."""
+    computations, entry = _computations(text)
+    lines = {match[1]: match for body in computations.values() for line in body if (match := _INSTRUCTION.match(line))}
 
-    def walk(name: str, count: int, depth: int) -> Iterator[_Instruction]:
-        for line in computations[name]:
-            if not (match := _INSTRUCTION.match(line)):
-                continue
-            found = _Instruction(name, match[1], match[2], match[3], match[4], count, depth)
+    def walk(name: str, count: int, depth: int, known: bool) -> Iterator[Instruction]:
+        for match in filter(None, map(_INSTRUCTION.match, computations[name])):
+            found = Instruction(name, match[1], match[2], match[3], match[4], count, depth, known)
             yield found
             if found.operation == "while":
                 body = re.search(r"body=%?([\w.\-]+)", found.rest)
                 assert body
-                trips = _trips(found, computations, instructions)
-                yield from walk(body[1], count * (unknown if trips is None else trips), depth + 1)
+                trips = _trips(found, computations, lines)
+                yield from walk(
+                    body[1], count * (1 if trips is None else trips), depth + 1, known and trips is not None
+                )
             elif found.operation in ("call", "fusion", "conditional", "async-start"):
                 for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", found.rest):
-                    yield from walk(called, count, depth)
+                    yield from walk(called, count, depth, known)
 
-    return walk(entry, 1, 0)
+    return walk(entry, 1, 0, True)
 
 
-def _trips(found: _Instruction, computations: dict[str, list[str]], instructions: dict[str, re.Match]) -> int | None:
+def _trips(found: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]) -> int | None:
     """How often a loop turns: as XLA notes it, or, where turns were taken out of it for pipelining, from where its
     counter starts to the constant that it stays below. None: it depends on the data."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest):
@@ -167,22 +168,22 @@ def _trips(found: _Instruction, computations: dict[str, list[str]], instructions
     place = re.search(r'known_induction_variable":\{"tuple_index":"(\d+)"', found.rest)
     if not condition or not place:
         return None
-    lines = list(computations[condition[1]])
-    for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(lines)):
-        lines += computations[called]
-    bound = re.search(r"s32\[\] constant\((\d+)\)", "\n".join(lines))
-    start = _constant(_operands(instructions[_operands(found.rest)[0]][4])[int(place[1])], instructions)
-    if not bound or start is None or "direction=LT" not in "\n".join(lines):
+    text = list(computations[condition[1]])
+    for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(text)):
+        text += computations[called]
+    bound = re.search(r"s32\[\] constant\((\d+)\)", "\n".join(text))
+    start = _constant(_operands(lines[_operands(found.rest)[0]][4])[int(place[1])], lines)
+    if not bound or start is None or "direction=LT" not in "\n".join(text):
         return None
     return int(bound[1]) - start
 
 
-def _constant(name: str, instructions: dict[str, re.Match]) -> int | None:
+def _constant(name: str, lines: dict[str, re.Match]) -> int | None:
     """The number that a copy of a constant holds."""
-    while name in instructions and instructions[name][3] in ("copy", "bitcast", "constant"):
-        if instructions[name][3] == "constant":
-            return int(instructions[name][4].partition(")")[0])
-        name = _operands(instructions[name][4])[0]
+    while name in lines and lines[name][3] in ("copy", "bitcast", "constant"):
+        if lines[name][3] == "constant":
+            return int(lines[name][4].partition(")")[0])
+        name = _operands(lines[name][4])[0]
     return None
 
 
@@ -195,7 +196,7 @@ def _types(result: str) -> list[str]:
     return [f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(result)]
 
 
-def _matmul_flops(found: _Instruction, operands: list[str]) -> int:
+def _matmul_flops(found: Instruction, operands: list[str]) -> int:
     target = re.search(r'custom_call_target="([^"]*)"', found.rest)
     dims = [_dims(operand) for operand in operands]
     if target and "fmha" in target[1]:  # q and k come first, [B, S, H, K]; QK and AV forward, five products backward
@@ -285,7 +286,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _collective(
-    kind: str, found: _Instruction, groups: dict[frozenset, tuple[str, ...]], source: _Sources, described: str
+    kind: str, found: Instruction, groups: dict[frozenset, tuple[str, ...]], source: _Sources, described: str
 ) -> Collective:
     result, rest, start = found.result, found.rest, found.operation.endswith("-start")
     parts = [(dtype, math.prod(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(result)]
@@ -296,7 +297,7 @@ def _collective(
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
     else:
         total = sum(sizes)
-    assert found.count, f"a collective in a loop of unknown length: {found.name}"
+    assert found.known, f"a collective in a loop of unknown length: {found.name}"
     group = _groups(rest)
     if kind == "reduce-scatter" and not start:
         total *= len(next(iter(group)))

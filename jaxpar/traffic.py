@@ -98,8 +98,7 @@ def _activations(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
         if config.parallel.sequence_parallel:
             again = ("attention_input" not in kept) + ("mlp_input" not in kept)
             yield Transfer("all-gather", ("tensor",), residual, (4 + again) * runs + 2 * train.microbatches)
-            # Recomputed; and XLA's pipelining of the layer loop, which is asked for, runs what is recomputed twice.
-            scatters = 4 + ("attention_output" not in kept) * (1 + config.compile.gpu_preset)
+            scatters = 4 + ("attention_output" not in kept)
             yield Transfer("reduce-scatter", ("tensor",), residual, scatters * runs + 2 * train.microbatches)
         else:
             sums = 4 + ("attention_output" not in kept)

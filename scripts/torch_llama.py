@@ -67,7 +67,7 @@ class Llama(nn.Module):
 
 
 def make_step(config: dict, device: str, *, compiled: bool):
-    """`step(tokens, targets) -> loss` , one AdamW update of float32 masters. `config`: jaxpar's, as mappings."""
+    """`step(tokens, targets) -> loss`, one AdamW update of float32 masters. `config`: jaxpar's, as mappings."""
     model, o = Llama(config["model"]).to(device), config["optimizer"]
     assert o["name"] == "adamw"
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
