@@ -47,12 +47,10 @@ PART_NAMES = {
 """The parts of memory, in words."""
 
 # What cannot be told from the program alone, but only from what XLA makes of it; found by comparing with compiled steps
-# (docs/predictions.md says how well). The pair is without and with `compile.gpu_preset`, which pipelines the loops.
-_LAYER = (2.5, 4.5)  # the gathered weights of a layer, times: those of the next one, and their gradients in float32
-_LAYER_WHOLE = (1.0, 1.0)  # the same where nothing is gathered in the layer
+# (docs/predictions.md says how well).
+_LAYER = 2.2  # the gathered weights of a layer, times: most of them, and gradients in float32
+_LAYER_WHOLE = 1.0  # the same where nothing is gathered in the layer
 _WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
-_SUMS = (2, 3)  # gradient sums in the loop over microbatches: what was added up, and what is being added
-_TURNS = (1.0, 1.5)  # activations, times, where the loop over microbatches has more than one turn left
 _LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
@@ -67,7 +65,7 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
       chunks: parts of the model that each pipeline stage holds.
     """
     state, train, model = state_bytes(config, mesh), config.train, config.model
-    sizes, preset = activation_bytes(config, mesh), config.compile.gpu_preset
+    sizes = activation_bytes(config, mesh)
     compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
     tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
     L = model.layers // (mesh.pipeline * chunks)
@@ -81,15 +79,13 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     if entered:
         gradients += entered  # of a microbatch, in the dtype of the entered weights
     elif train.microbatches > 1:
-        gradients *= _SUMS[preset]
-    if train.microbatches > 2:
-        activations = int(_TURNS[preset] * activations)
+        gradients *= 2  # what was added up, and what is being added
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
         activations=activations,
-        vocabulary=2 * compute * ends if train.microbatches > 1 and not entered else 0,
-        weights=entered + int(in_layer[preset] * compute * layer),
+        vocabulary=0,
+        weights=entered + int(in_layer * compute * layer),
         working=int(_WORKING * sum(sizes.values())),
     )
     residual = compute * tokens * model.dim

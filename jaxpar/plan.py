@@ -63,7 +63,7 @@ class Candidate:
 def rank(
     config: Config, hardware: Hardware, devices: int, fixed: Mapping[str, int | None] | None = None
 ) -> list[Candidate]:
-    """Every candidate, those that fit first, the fastest first; of those that do not fit, the smallest first.
+    """Every candidate, those that fit first, the fastest first (see `ALIKE`); of those that do not, the smallest first.
 
     Args:
       config: the run; its global batch is kept, its microbatches, remat, gather and ZeRO-1 are chosen.
@@ -90,7 +90,17 @@ def rank(
             found.append(_first_that_fits(choice, mesh, chunks, hardware))
     if not found:
         raise ConfigError(f"no mesh of {devices} devices is legal for this config. The last one tried: {refusal}")
-    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.peak.total))
+    return sorted(found, key=_order)
+
+
+ALIKE = 0.003
+"""Times that differ by less count as equal; then the smaller peak comes first."""
+
+
+def _order(candidate: Candidate) -> tuple:
+    if candidate.fits:
+        return False, round(math.log(candidate.seconds) / ALIKE), candidate.peak.total
+    return True, candidate.peak.total
 
 
 def meshes(devices: int, fixed: Mapping[str, int | None]) -> Iterator[MeshConfig]:

@@ -69,12 +69,12 @@ def test_tensor_stays_inside_a_host():
 
 
 def test_twenty_bytes_a_parameter_for_mixed_precision_adam():
-    """Float32 weights, two moments and gradient sums (16), the gradient of a microbatch in bfloat16 and the weights as
-    they compute (4), where nothing is sharded and the batch is next to nothing."""
+    """In float32 weights, two moments, gradient sums and the gradient of a microbatch, where nothing is sharded and the
+    batch is next to nothing."""
     run = config("llama2_7b", train=dict(batch_size=2, microbatches=2), data=dict(sequence_length=128))
     count = parameter_count(run.model)
     assert state_bytes(run, MeshConfig())["total"] == pytest.approx(16 * count, rel=0.001)
-    assert peak_memory(run, MeshConfig()).total == pytest.approx(20 * count, rel=0.15)
+    assert peak_memory(run, MeshConfig()).total == pytest.approx(20 * count, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)])
@@ -83,7 +83,7 @@ def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
     best = ranked[0]
     assert best.fits and best.peak.total + RESERVE <= H100.memory_bytes
     assert best.mesh.devices == devices
-    assert best.seconds == min(c.seconds for c in ranked if c.fits)
+    assert best.seconds <= 1.003 * min(c.seconds for c in ranked if c.fits)
     assert 0.2 < best.mfu(H100) < 0.8
     fits = [c.fits for c in ranked]
     assert fits == sorted(fits, reverse=True)
