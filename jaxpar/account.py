@@ -9,14 +9,14 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxpar import hlo
+from jaxpar import cli, hlo
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig, from_mapping
 from jaxpar.hardware import Hardware
@@ -181,19 +181,18 @@ def main() -> None:
     hardware = Hardware(**request["hardware"]) if request["hardware"] else None
     try:
         if hardware:
-            devices: Sequence[Any] = absent_gpus(hardware.target, request["topology"])
+            devices = absent_gpus(hardware.target, request["topology"])
+            sizes = resolve_mesh(request["mesh"], len(devices))
+            validate_mesh(config, sizes)
+            mesh = make_mesh(sizes, devices)
         else:
-            if request["cpu_devices"]:
-                jax.config.update("jax_num_cpu_devices", request["cpu_devices"])
-            devices = jax.devices()
-        sizes = resolve_mesh(request["mesh"], len(devices))
-        validate_mesh(config, sizes)
-        mesh = make_mesh(sizes, devices)
+            launch = cli.Launch(request["mesh"], request["cpu_devices"] or None, None, None, None, {})
+            mesh = cli.start(launch, config)
         report = account(config, mesh, hardware, Path(request["dump"]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    stats = None if hardware else devices[0].memory_stats()
+    stats = None if hardware else mesh.devices.flat[0].memory_stats()
     report["capacity"] = hardware.memory_bytes if hardware else stats and stats.get("bytes_limit")
     print(json.dumps(report))
 

@@ -106,7 +106,7 @@ def _environment(target: Target, dump: str) -> dict[str, str]:
         flags.append("--xla_gpu_experimental_use_collective_kernels=")  # aborts for some topologies
     environment = os.environ | {
         "XLA_FLAGS": " ".join(flags).strip(),
-        "PYTHONPATH": os.pathsep.join(compiler_path()),
+        "PYTHONPATH": os.pathsep.join(compiler_path() if target.hardware else compiler_path()[:-1]),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is read from it is not dumped
     }

@@ -10,8 +10,8 @@ from jaxpar.memory import PART_NAMES, human
 _STYLE = Path(__file__).parent / "assets" / "page.css"
 
 
-def explain_page(report: Mapping[str, Any]) -> str:
-    """The page of what `explain --json` writes."""
+def explain_page(report: Mapping[str, Any], timetable: str = "") -> str:
+    """The page of what `explain --json` writes; `timetable` is the drawing of a pipeline's, as SVG."""
     memory = report["memory"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items()) or "one device"
     verdict = ""
@@ -27,6 +27,7 @@ def explain_page(report: Mapping[str, Any]) -> str:
         _section("What would make it fit", _table(["change", "#peak"], changes)) if changes else "",
         _section("Warnings of the compiler", warnings) if warnings else "",
         _section("Memory at its peak", stacked_bar(memory["parts"], memory["peak"], report["room"])),
+        _section("Timetable of the pipeline", f'<div class="scroll">{timetable}</div>') if timetable else "",
         _section("Collectives by axis", _traffic(report["collectives"])),
         _section("Parameters and optimizer state", _leaves(report["by_parameter"])),
         _section("Largest temporaries at the peak", _buffers(report["temporaries"])),

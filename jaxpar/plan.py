@@ -207,7 +207,7 @@ def _whole(candidate: Candidate) -> str:
     """Over which axes the state is held several times."""
     mesh, zero = candidate.mesh, candidate.config.parallel.optimizer_sharding == "data"
     axes = [axis for axis in ("data", "sequence") if getattr(mesh, axis) > 1 and not (axis == "data" and zero)]
-    return f"; {' and '.join(axes)} hold them again on every device" if axes else ""
+    return f"; nothing of them is shared out over {' and '.join(axes)}" if axes else ""
 
 
 def gib(count: float) -> str:

@@ -1,6 +1,7 @@
 """`explain`: what it reports is what was compiled; bad requests, crashes and time-outs are told in one message."""
 
 import json
+import resource
 import sys
 import time
 
@@ -10,6 +11,7 @@ import pytest
 from jaxpar import account, apart, explain, hardware, memory, remedy
 from jaxpar.apart import CompileFailed, Target, compile_report, plain_warnings
 from jaxpar.config import ConfigError, MeshConfig, configure
+from jaxpar.page import explain_page
 from jaxpar.sharding import make_mesh
 from jaxpar.validation import resolve
 
@@ -94,6 +96,16 @@ def test_page_has_every_leaf_and_collective_and_nothing_from_elsewhere(report):
     assert all(leaf["name"] in text for leaf in report["by_parameter"])
     assert text.count("all-gather") >= sum(row["op"] == "all-gather" for row in report["collectives"])
     assert "prefers-color-scheme: dark" in report["page"] and "max-width" in report["page"]
+
+
+def test_page_of_what_does_not_fit_and_has_a_pipeline(report):
+    memory_ = report["memory"] | {"peak": 90 * 2**30, "parts": {"activations": 90 * 2**30}}
+    remedies = [{"flags": "--config.memory.remat=full", "peak": 2**30, "fits": True}]
+    warnings = ["<b>no</b>"]
+    page = explain_page(report | dict(memory=memory_, fits=False, remedies=remedies, warnings=warnings), "<svg></svg>")
+    assert "does not fit" in page and "--config.memory.remat=full" in page and "12.89 GiB too much" in page
+    assert "<svg></svg>" in page and "&lt;b&gt;no&lt;/b&gt;" in page
+    assert "<svg" not in explain_page(report)
 
 
 def test_flops_are_those_of_the_matmuls():
@@ -217,6 +229,15 @@ def test_warnings_in_plain_words():
     assert "below 60.68GiB a device" in memory_ and "below 65.96GiB" in memory_
     assert "from sharding {devices=[8,1]<=[8]} to {devices=[1,8]<=[8]}" in sharding
     assert other == "Something else."
+
+
+@pytest.mark.slow
+def test_1024_gpus_take_less_than_a_minute_and_4_gib():
+    begin = time.monotonic()
+    flags = ["--mesh.fsdp=128", "--mesh.tensor=8", "--hardware=h100", "--topology=128x1x8"]
+    assert explain.main(["--config=configs/llama3_405b.py", *flags]) == 0
+    assert time.monotonic() - begin < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
 
 
 def test_blame_and_parts():
