@@ -152,7 +152,7 @@ class Parts:
         dims = _dims(shape)
         if dims in self._stored:
             return "gradients"
-        if len(shape) > 2 and shape[0] == self._layers:
+        if len(shape) > 2 and self._layers in shape[:2]:  # stacked, in whatever layout
             return "activations"
         in_layers = re.search(r"jvp\(\)\)?/while", buffer.operation)  # where another size may be the same number
         if self._vocabulary & set(dims) and not in_layers:

@@ -114,6 +114,9 @@ def cases() -> list[Case]:
         case("llama3_405b", 1, dict(fsdp=1024)),
         case("llama3_405b", 1, dict(fsdp=128, tensor=8)),
         case("llama3_405b", 1, dict(data=2, fsdp=128, tensor=4), microbatches=2),
+        case("llama3_405b", 8, dict(fsdp=128, tensor=8)),
+        case("llama3_70b", 8, dict(fsdp=8, tensor=8)),
+        case("llama3_8b", 8, dict(fsdp=8), microbatches=4),
     ]
     return found
 
