@@ -227,11 +227,7 @@ def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[s
         "gather": config.parallel.gather,
         "optimizer_sharding": config.parallel.optimizer_sharding,
         "fits": candidate.fits,
-        "memory": {
-            "params" if name == "parameters" else "logits" if name == "vocabulary" else name: size
-            for name, size in vars(candidate.peak).items()
-        }
-        | {"reserve": RESERVE, "total": candidate.peak.total},
+        "memory": _memory(vars(candidate.peak), candidate.peak.total),
         "step_seconds": time.total,
         "time": {**dataclasses.asdict(time), "compute": time.compute},
         "tokens_per_second": step_flops(config).tokens / time.total,
@@ -244,6 +240,11 @@ def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[s
     }
 
 
+def _memory(parts: Mapping[str, int], total: int) -> dict[str, int]:
+    names = {"parameters": "params", "vocabulary": "logits"}
+    return {names.get(name, name): size for name, size in parts.items()} | {"reserve": RESERVE, "total": total}
+
+
 def verify(rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Hardware, timeout: float) -> None:
     """Compiles candidates and puts compiled peaks and bytes in the place of predicted ones."""
     target = Target(hardware, hardware.topology(candidates[0].mesh.devices))
@@ -254,7 +255,8 @@ def verify(rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Ha
             row["reason"] = f"could not be compiled: {error}"
             continue
         peak = report["memory"]["peak"]
-        row["predicted_total"], row["memory"]["total"], row["verified"] = row["memory"]["total"], peak, True
+        row["predicted_total"], row["verified"] = row["memory"]["total"], True
+        row["memory"] = _memory(report["memory"]["parts"], peak)
         row["fits"] = peak + RESERVE <= hardware.memory_bytes
         row["communication"] = {}
         for found in report["collectives"]:

@@ -137,11 +137,14 @@ def test_verified_figures_replace_predicted_ones(monkeypatch):
     rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
     sent = [dict(axes=["fsdp"], bytes=5), dict(axes=["fsdp"], bytes=6), dict(axes=["data", "sequence"], bytes=7)]
     compiled = iter([90 * 2**30, 50 * 2**30])
-    monkeypatch.setattr(plan, "compile_report", lambda *_: dict(memory=dict(peak=next(compiled)), collectives=sent))
+    monkeypatch.setattr(
+        plan, "compile_report", lambda *_: dict(memory=dict(peak=next(compiled), parts=dict(gaps=3)), collectives=sent)
+    )
     before = rows[0]["memory"]["total"]
     plan.verify(rows, ranked, H100, 60)
     assert [row["fits"] for row in rows] == [False, True] and all(row["verified"] for row in rows)
     assert rows[0]["memory"]["total"] == 90 * 2**30 and rows[0]["predicted_total"] == before
+    assert rows[0]["memory"]["gaps"] == 3
     assert rows[0]["communication"] == {"fsdp": 11, "data+sequence": 7}
 
 
