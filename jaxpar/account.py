@@ -129,7 +129,8 @@ PARTS = ("parameters", "optimizer", "gradients", "activations", "vocabulary", "w
 """What memory is for: parameters and optimizer state; gradients (and updates, which look like them); activations kept
 for the backward pass; whatever has the vocabulary as a dimension: logits, and head and embedding as gathered, and
 their gradients; gathered weights of a layer; the rest of what a layer is working on; the batch; and gaps, which lie
-between buffers because they cannot all be packed."""
+between buffers because they cannot all be packed (below 0: what lies in the buffers of donated arguments, for which no
+memory is needed)."""
 
 
 class Parts:

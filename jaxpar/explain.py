@@ -126,8 +126,11 @@ def memory_table(report: dict[str, Any]) -> Table:
     of = f" of {human(room)}" if room else ""
     table = Table("memory", _number("bytes"), Column("", ratio=1), title=f"peak {human(memory['peak'])}{of}")
     for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
+        if not size:
+            continue
         bar = "█" * round(40 * size / max(memory["peak"], room or 0))
-        table.add_row(PART_NAMES[name], human(size), bar)
+        name = PART_NAMES[name] if size >= 0 else "less what lies in donated buffers"
+        table.add_row(name, human(size), bar)
     return table
 
 

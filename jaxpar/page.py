@@ -86,6 +86,8 @@ def stacked_bar(parts: Mapping[str, int], peak: int, room: int | None) -> str:
             color, words = f"var(--c{number % 10})", html.escape(PART_NAMES[name])
             spans.append(_span(size / whole, color, f"{words}: {human(size)}"))
             legend.append(f'<li><i style="background:{color}"></i>{words} <b>{human(size)}</b></li>')
+    if (shared := min(parts.values(), default=0)) < 0:
+        legend.append(f"<li>less what lies in donated buffers <b>{human(shared)}</b></li>")
     if room and peak < room:
         legend.append(f'<li><i style="background:var(--line)"></i>free <b>{human(room - peak)}</b></li>')
     over = f'<p class="bad">{human(peak - room)} too much</p>' if room and peak > room else ""
