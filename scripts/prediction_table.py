@@ -194,9 +194,11 @@ PUBLISHED = {
 
 
 def settings(found: Case) -> str:
-    """What else a case has that is not the default."""
+    """A device's share of a microbatch, and what else of a case is not the default."""
     train, parallel, mesh = found.config.train, found.config.parallel, found.mesh
+    rows = train.batch_size // (train.microbatches * mesh.batch_shards)
     told = {
+        f"{rows} x {found.config.data.sequence_length} tokens": True,
         f"{train.microbatches} microbatches": train.microbatches > 1,
         "gathered per step": parallel.gather == "per_step",
         "ZeRO-1": parallel.optimizer_sharding == "data",
