@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
-def einsum(
-    subscripts: str, x: jax.Array, weight: jax.Array, out_sharding: PartitionSpec | None = None
-) -> jax.Array:
+def einsum(subscripts: str, x: jax.Array, weight: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
     """`jnp.einsum` of two operands, every index of which occurs twice among them and the result.
 
     Args:
