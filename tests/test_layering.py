@@ -18,7 +18,7 @@ LAYERS = """
     config cudnn hlo tree
     counts hardware show sources tokenizer validation xla
     apart memory sharding traffic
-    cli page parallel shards optimizer metrics checkpoint timing
+    cli matmul page parallel shards optimizer metrics checkpoint timing
     plan
     remedy
     windows attention loss
