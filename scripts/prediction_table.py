@@ -257,9 +257,9 @@ workspace of cuDNN's attention.
 
 {compiler}
 
-The arithmetic has four constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most of
-these configurations, so the errors are not those of a blind test. The last three rows were added after that: with many
-sequences a device and `tensor`, gaps between buffers make the compiled peak larger.
+The arithmetic has four constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most
+of these configurations, so the errors are not those of a blind test. The last three rows were added after that: with
+many sequences a device and `tensor`, gaps between buffers make the compiled peak larger.
 
 Bytes are those of all collectives of a step on one device, by the axes they run over; axes with less than 2 MiB a step
 (norm scales, sums of the loss) are left out.
