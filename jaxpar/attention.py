@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
 
 from jaxpar.parallel import context
-from jaxpar.sharding import Rules
+from jaxpar.sharding import Rules, all_manual
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
 
@@ -60,6 +60,7 @@ def attend(
         {"all_gather": _all_gathered, "ulysses": _exchanged}[kind],
         in_specs=_in_specs(rules),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
+        check_vma=not all_manual(),  # a region around it that does not check cannot be checked in here
     )
     return keep(island(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
 

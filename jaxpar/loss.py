@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.parallel import reduce, vocabulary
-from jaxpar.sharding import Rules
+from jaxpar.sharding import Rules, all_manual
 
 # B batch, S sequence, D model dim, V vocabulary, N tokens of one device, C tokens of one chunk.
 
@@ -38,7 +38,7 @@ def cross_entropy(
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
-      w_DV: head in the same dtype, gathered over fsdp, sharded over tensor.
+      w_DV: head in the same dtype, gathered over fsdp, sharded over the axes of `vocab`.
       targets_BS: int32 next tokens, sharded (batch, seq); -1 has no loss.
       rules: the sharding table.
       chunk: tokens a device works on at a time.
@@ -47,8 +47,8 @@ def cross_entropy(
     Returns:
       `LossSums`; only `objective` has a gradient.
 
-    Communication: x over tensor if the residual is sharded there (all-gather); two all-reduces over tensor a chunk, of
-    C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without sequence parallelism all-reduce); dw
+    Communication: x over tensor if the residual is sharded there (all-gather); two all-reduces over
+    the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without sequence parallelism all-reduce); dw
     stays a partial sum over the tokens.
     """
     return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
@@ -73,9 +73,7 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
     dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
     every_token_axis = rules.spec("batch", "seq")
-    local = functools.partial(
-        _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq
-    )
+    local = functools.partial(_local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules)
     sums, grads = jax.shard_map(
         local,
         in_specs=(residual, weight, every_token_axis),
@@ -86,9 +84,9 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     return LossSums(ce + z_loss * z, ce, z), grads
 
 
-def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, shard_seq: bool):
+def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, rules: Rules):
     """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks."""
-    dtype = x_bsD.dtype
+    dtype, shard_seq = x_bsD.dtype, "tensor" in rules.residual_seq
     x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
     shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
     pad = -targets_bs.size % size
@@ -99,7 +97,7 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         ce, z, dw_Dv = carry
         x_cD, target_c = scanned
         logits_cv = jnp.dot(x_cD, w_Dv, preferred_element_type=jnp.float32)
-        lse_c, target_logit_c, hit_cv = vocabulary.log_partition(logits_cv, target_c)
+        lse_c, target_logit_c, hit_cv = vocabulary.log_partition(logits_cv, target_c, rules.vocab)
         valid_c = (target_c >= 0).astype(jnp.float32)
         ce += jnp.sum(valid_c * (lse_c - target_logit_c))
         z += jnp.sum(valid_c * lse_c**2)
@@ -118,6 +116,9 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
     if dx_CcD is None:
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
-    dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
+    if shard_seq:
+        dx_bsD = vocabulary.scatter_tokens(dx_bSD)
+    else:  # in a pipeline it is this device's share, and the sum is taken where x was made
+        dx_bsD = dx_bSD if all_manual() else vocabulary.sum_tokens(dx_bSD)
     # The layers' backward pass needs dx alone: it has to wait, or dw waits in float32 all along.
     return sums, jax.lax.optimization_barrier((dx_bsD, dw_Dv.astype(dtype)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxpar import loss
+from jaxpar import loss, stages
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.model import Llama
@@ -83,18 +83,26 @@ def loss_and_gradients(
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
     scale = 1.0 if loss_scale is None else loss_scale
     entered = enter(model, config)
-
-    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
-        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid / scale, config)
-        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
-
-    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, model.layout.sum_dtype), entered))
-    (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
+    if stages.stages() > 1:
+        sums, gradients = stages.loss_and_gradients(entered, batch, config, scale / valid)
+    else:
+        sums, gradients = _accumulate(entered, batch, valid / scale, config)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     if loss_scale is not None:
         gradients = jax.tree.map(lambda g: (g / loss_scale).astype(g.dtype), gradients)
     return loss.LossSums(*(part / valid for part in sums)), gradients
+
+
+def _accumulate(entered: Llama, batch: Batch, divisor: jax.Array, config: Config) -> tuple[loss.LossSums, Any]:
+    """Sums of a batch, and the gradient of its objective over `divisor`, one microbatch after the other."""
+
+    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
+        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, divisor, config)
+        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
+
+    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, entered.layout.sum_dtype), entered))
+    return jax.lax.scan(add_microbatch, start, batch)[0]
 
 
 def enter(model: Llama, config: Config) -> Any:
@@ -171,6 +179,8 @@ def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, 
 
     def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         entered = enter(model, config)
+        if stages.stages() > 1:
+            return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(batch.targets)
 
         def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
             _, sums = objective(entered, microbatch, jnp.ones(()), config)

@@ -15,12 +15,13 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 
 # A module may import those above its line, not those beside it.
 LAYERS = """
-    config hlo tree
+    config hlo timetable tree
     plan sharding tokenizer validation
     cli parallel sources shards optimizer metrics checkpoint
     windows attention loss
     data model
-    convert step
+    convert stages
+    step
     compile
     explain generate prepare train verify
     __main__
@@ -31,10 +32,11 @@ LAYER = {name: number for number, line in enumerate(LAYERS.strip().splitlines())
 ONLY = {
     "config": set(),
     "hlo": set(),
+    "timetable": set(),
     "tree": set(),
     "plan": {"config"},
     "validation": {"config"},
-    "parallel": {"sharding"},
+    "parallel": {"sharding", "timetable"},
     "metrics": {"config", "plan"},
 }
 
@@ -55,10 +57,10 @@ COLLECTIVES = {
     "unreduced_reduce_scatter",
 }
 
-NO_JAX = ("config", "validation", "plan", "cli", "__init__", "__main__")
+NO_JAX = ("config", "timetable", "validation", "plan", "cli", "__init__", "__main__")
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 65
+OPTIONS = 67
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 LONGEST = 500
