@@ -104,6 +104,45 @@ def _in_region(
     return loss.LossSums(*map(jnp.sum, sums)), jax.tree.unflatten(structure, found) if gradients else None
 
 
+def to_stages(tree: Any, config: Config) -> Any:
+    """Puts stacked layers into the order in which the stages of the current mesh hold them.
+
+    With `parallel.chunks` the layers of a stage do not follow one another, so state, optimizer state and gradients on
+    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name.
+    Used where a state is made, saved or restored; see `pipeline.reorder`.
+    """
+    return _reorder(tree, config, to_stages=True)
+
+
+def to_network(tree: Any, config: Config) -> Any:
+    """The inverse of `to_stages`."""
+    return _reorder(tree, config, to_stages=False)
+
+
+def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
+    chunks, layers = config.parallel.chunks, config.model.layers
+    if chunks == 1 or stages() == 1:
+        return tree
+    order = stack_order(layers, stages(), chunks)
+    order = order if to_stages else sorted(range(layers), key=order.__getitem__)
+
+    @functools.partial(jax.jit, donate_argnums=0)  # one leaf at a time, in its place: a state may fill the memory
+    def move(x: jax.Array) -> jax.Array:
+        spec = jax.typeof(x).sharding.spec
+        if not spec.partitions or spec.partitions[0] is None:  # small statistics that are on all devices
+            return x.at[jnp.array(order)].get(out_sharding=spec)
+        local = functools.partial(pipeline.reorder, chunks=chunks, to_stages=to_stages)
+        return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
+
+    def leaf(name: str, x: jax.Array) -> jax.Array:
+        stacked = "layers." in name and x.shape[:1] == (layers,)
+        return move(x) if stacked else x
+
+    assert config.model.dim != layers, "statistics of that length could be of layers or not"
+    leaves = [leaf(name, x) for name, x in named_leaves(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
 class _Split:
     """Takes the leaves of a model apart, into those of the layers and the others, and puts them together."""
 

@@ -55,7 +55,7 @@ def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
 
 def init_state(config: Config) -> TrainState:
     """The state before the first step: a function of `config` alone, whatever the mesh. Run it under `jax.jit`."""
-    model: Any = Llama(config, nnx.Rngs(params=config.train.seed))
+    model: Any = stages.to_stages(Llama(config, nnx.Rngs(params=config.train.seed)), config)
     zero = jnp.zeros((), jnp.int32)
     scale = jnp.float32(config.precision.loss_scale or 1)
     optimizer_state = to_host(make_optimizer(config).init(model), config)
@@ -148,7 +148,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "learning_rate": rate(state.step - state.skipped),
             "valid_tokens": loss.count_valid(batch.targets),
             "skipped": skipped,
-            "gradient_norms": norms,
+            "gradient_norms": stages.to_network(norms, config),
         } | ({"loss_scale": state.loss_scale} if scaled else {})
         return TrainState(
             state.step + 1, skipped, loss_scale, since_scaled, model, to_host(optimizer_state, config)

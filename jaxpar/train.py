@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import cli, data, plan
+from jaxpar import cli, data, plan, stages
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
 from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
@@ -160,7 +160,7 @@ def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
     if found is None:
         return jax.jit(lambda: init_state(config))(), 0
     state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
-    return state, int(position["samples"])
+    return stages.to_stages(state, config), int(position["samples"])
 
 
 def first_batch(samples: int, batch_size: int) -> int:
@@ -243,7 +243,9 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
                         saving |= config.checkpoint.keep_best > 0 and eval_loss < best
                         best = min(best, eval_loss)
                 if saving:
+                    state = stages.to_network(state, config)  # what a checkpoint knows; no copy is made
                     checkpointer.save(step, state, data={"samples": (step + offset) * batch_size}, metrics=scores)
+                    state = stages.to_stages(state, config)
             if signal_number:
                 checkpointer.wait()
                 metrics.line(f"stopped by signal {signal_number} after step {step}, saved; the same command continues")

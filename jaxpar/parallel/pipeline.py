@@ -13,6 +13,7 @@ every axis that does not shard the weight.
     x, y: residual of one microbatch at the entry and exit of a chunk, [b, s, D]; dx, dy: their gradients
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -191,6 +192,31 @@ def loss_and_gradients(
             lambda c, now, phase=phase: tick(c, now, phase), carry, jax.tree.map(jnp.asarray, phase)
         )
     return carry.sums, carry.dlayers, carry.dends
+
+
+def reorder(stack: jax.Array, chunks: int, *, to_stages: bool) -> jax.Array:
+    """Moves the layers of a stack between the order of the network, [chunk, stage, layer], and that in which every stage
+    holds its own, [stage, chunk, layer].
+
+    Args:
+      stack: local block, [v l, ...] of the [p v l, ...] that are sharded over `pipeline`.
+      to_stages: from the order of the network to that of the stages, or back.
+
+    Communication: `ppermute`s of l layers, in which a device receives at most its v l layers.
+    """
+    p, stage = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    blocks = stack.reshape(chunks, -1, *stack.shape[1:])
+    moved = list(blocks)
+    for k, c in itertools.product(range(chunks), repeat=2):
+        # in the network, block k of stage s is chunk c of stage t where s v + k = c p + t
+        pairs = [(s, s * chunks + k - c * p) for s in range(p) if 0 <= s * chunks + k - c * p < p]
+        source, place = k, c
+        if not to_stages:
+            pairs, source, place = [(t, s) for s, t in pairs], c, k
+        arrived = jax.lax.ppermute(blocks[source], AXIS, pairs)
+        here = jnp.isin(stage, jnp.array([t for _, t in pairs], jnp.int32))
+        moved[place] = jnp.where(here, arrived, moved[place])
+    return jnp.stack(moved).reshape(stack.shape)
 
 
 def _begin(
