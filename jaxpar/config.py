@@ -179,7 +179,8 @@ class ParallelConfig:
     sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`,
     in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
     over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work.
-    `schedule`: the order in which a pipeline runs its microbatches; `chunks`: of layers a stage has (1F1B interleaved)."""
+    `schedule`: the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round its stages
+    (interleaved 1F1B)."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"

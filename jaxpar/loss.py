@@ -48,8 +48,8 @@ def cross_entropy(
       `LossSums`; only `objective` has a gradient.
 
     Communication: x over tensor if the residual is sharded there (all-gather); two all-reduces over
-    the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without sequence parallelism all-reduce); dw
-    stays a partial sum over the tokens.
+    the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
+    sequence parallelism all-reduce); dw stays a partial sum over the tokens.
     """
     return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
 

@@ -3,15 +3,15 @@
   python -m jaxpar.timetable --stages=4 --microbatches=8 --chunks=2 [--schedule=1f1b] [--output=timetable.svg]
 
 Notation: p stages, M microbatches, v chunks a stage. With v > 1 the layers go round the stages v times (Narayanan et
-al., 2021): virtual stage c p + s is chunk c of stage s. A tick is one forward and, from some tick on, one backward pass
-of a chunk; every stage spends it on the same kind of work, so no device waits in a collective that another never enters.
+al., 2021): virtual stage c p + s is chunk c of stage s. A tick is a forward pass of a chunk, or one and a backward pass,
+or a backward pass, on all stages alike, so no device waits in a collective that another never enters.
 
     1f1b   forward of the u-th piece of work of stage s at tick u + s; its backward passes begin at tick v p - 1, on the
            last stage. Ticks of forward alone, of both, and of backward alone follow one another.
     gpipe  all forward passes, then all backward passes in the opposite order (Huang et al., 2019); v is 1.
 
-In either case M v + p - 1 ticks have a forward and as many a backward pass: time (M + (p - 1) / v) (F + B), with F and B
-the times of a whole stage; the bubble, the share of it in which a stage has nothing to do, is (p - 1) / (v M + p - 1).
+In either case v M + p - 1 ticks have a forward and as many a backward pass: time (M + (p - 1) / v) (F + B), with F and
+B the times of a whole stage; the bubble, the share in which a stage has nothing to do, is (p - 1) / (v M + p - 1).
 """
 
 import argparse

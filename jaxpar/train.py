@@ -27,6 +27,8 @@ from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
 from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step, make_train_step
+from jaxpar.timetable import describe as describe_timetable
+from jaxpar.timetable import timetable
 
 
 class NonFinite(RuntimeError):
@@ -110,6 +112,10 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
         f"batch     {plan.describe_batch(config, sizes)}",
         f"data      {corpus}",
     ]
+    if sizes.pipeline > 1:
+        parallel = config.parallel
+        table = timetable(parallel.schedule, sizes.pipeline, config.train.microbatches, parallel.chunks)
+        lines.insert(3, f"pipeline  {parallel.schedule}, {describe_timetable(table)}")
     if corpus.unigram_entropy is not None:
         lines.append(
             f"baseline  unigram entropy {corpus.unigram_entropy:.4f} nats a token: a loss that knows no context"

@@ -86,8 +86,8 @@ def forward(program: Program, timetable: Timetable, layers: Any, ends: Any, batc
       ends: weights outside the layers.
       batch: leaves [M, ...].
 
-    Communication over `pipeline`, a tick: one `ppermute` of x; what `program` does in ticks that need it; one all-reduce
-    of y where a loss is due.
+    Communication over `pipeline`, a tick: one `ppermute` of x; what `program` does in ticks that need it; one
+    all-reduce of y where a loss is due.
     """
     stage, last = jax.lax.axis_index(AXIS), timetable.stages - 1
     shape = jax.eval_shape(program.enter, ends, _at(batch, 0))
@@ -195,8 +195,8 @@ def loss_and_gradients(
 
 
 def reorder(stack: jax.Array, chunks: int, *, to_stages: bool) -> jax.Array:
-    """Moves the layers of a stack between the order of the network, [chunk, stage, layer], and that in which every stage
-    holds its own, [stage, chunk, layer].
+    """Moves the layers of a stack between the order of the network, [chunk, stage, layer], and that in which every
+    stage holds its own, [stage, chunk, layer].
 
     Args:
       stack: local block, [v l, ...] of the [p v l, ...] that are sharded over `pipeline`.

@@ -1,9 +1,9 @@
 """The vocabulary sharded over `tensor` (and `pipeline`): embedding lookup, and the softmax statistics of the head.
 
 What reads `local block` runs inside a full-manual region; `lookup` makes its own. Suffixes of local blocks have small
-letters where a dimension is split: b, s (over sequence, and over tensor where the residual is), v (the axes of `vocab`).
+letters where a dimension is split: b, s (over sequence, and over tensor where the residual is), v (axes of `vocab`).
 
-Inside the region of a pipeline a cotangent is this device's share of one: what several devices hold is the sum over them.
+Inside the region of a pipeline the cotangent of what several devices hold is the sum of their shares.
 """
 
 import functools
@@ -19,8 +19,8 @@ from jaxpar.sharding import Rules, all_manual
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules) -> jax.Array:
     """Rows of an embedding whose vocabulary is sharded.
 
-    Every device looks up the tokens whose rows it holds; the sum over the vocabulary's axes has one term a token, so it is exact in
-    any dtype. In the gradient the contributions of a frequent token add up in float32 before anything is rounded.
+    Every device looks up the tokens whose rows it holds; the sum over the
+    vocabulary's axes has one term a token, so it is exact in any dtype. In the gradient the contributions of a frequent token add up in float32 before anything is rounded.
 
     Args:
       table_VD: gathered over fsdp, sharded over the axes of `vocab`.
@@ -66,11 +66,11 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, rows: int, rules: Rules) -> jax.Array:
-    dx_bsD = _sum_stages(dx_bsD, rules)
+    dx_bSD = _sum_stages(dx_bsD, rules)
     if _shards_sequence(rules):
-        dx_bSD = gather_tokens(dx_bsD)
-    else:
-        dx_bSD = sum_tokens(dx_bsD) if all_manual() else dx_bsD
+        dx_bSD = gather_tokens(dx_bSD)
+    elif all_manual():
+        dx_bSD = sum_tokens(dx_bSD)
     here_bs, row_bs = _held_here(tokens_bs, rows, rules.vocab)
     # A zero of its own, made late: else XLA shares one with the gradient of the head, for the whole backward pass.
     dx_bSD, zero = jax.lax.optimization_barrier((dx_bSD, jnp.zeros((), jnp.float32)))
