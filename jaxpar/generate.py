@@ -67,7 +67,8 @@ def next_logits(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.A
     positions = jax.sharding.reshard(positions, rules.spec("batch", "seq"))
     x_BSD, extended = model(tokens_BS, TokenInfo(positions, jnp.ones_like(positions)), cache)
     assert extended is not None
-    logits_BV = jnp.einsum("BD,DV->BV", x_BSD[:, -1], model.head_weight(), preferred_element_type=jnp.float32)
+    head_DV = model.layout.weight(model.head_weight())
+    logits_BV = jnp.einsum("BD,DV->BV", x_BSD[:, -1], head_DV, preferred_element_type=jnp.float32)
     return jax.sharding.reshard(logits_BV, jax.P()), extended
 
 

@@ -30,39 +30,52 @@ def count_valid(targets: jax.Array) -> jax.Array:
     return jnp.sum(targets >= 0, dtype=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def cross_entropy(
-    x_BSD: jax.Array, w_DV: jax.Array, targets_BS: jax.Array, rules: Rules, chunk: int, z_loss: float
+    x_BSD: jax.Array,
+    w_DV: jax.Array,
+    targets_BS: jax.Array,
+    rules: Rules,
+    chunk: int,
+    z_loss: float,
+    sum_dtype: jnp.dtype,
 ) -> LossSums:
     """Summed cross-entropy of next-token prediction, plus `z_loss` times the summed square of the log-partition.
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
-      w_DV: head in the same dtype, gathered over fsdp, sharded over the axes of `vocab`.
+      w_DV: head, stored or entered; gathered over fsdp here, in the dtype of x.
       targets_BS: int32 next tokens, sharded (batch, seq); -1 has no loss.
       rules: the sharding table.
       chunk: tokens a device works on at a time.
       z_loss: weight of the z-loss (PaLM; Chowdhery et al., 2022).
+      sum_dtype: dtype in which the gradient of the head is summed over devices.
 
     Returns:
       `LossSums`; only `objective` has a gradient.
 
-    Communication: x over tensor if the residual is sharded there (all-gather); two all-reduces over
-    the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
-    sequence parallelism all-reduce); dw stays a partial sum over the tokens.
+    Communication: w over fsdp (all-gather); x over tensor if the residual lies there (all-gather); two all-reduces
+    over the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
+    sequence parallelism all-reduce); dw over fsdp (reduce-scatter), otherwise it stays a partial sum over the tokens.
     """
-    return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
+    head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
+    return _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
 
 
-def _forward(x_BSD, w_DV, targets_BS, rules, chunk, z_loss):
-    return _island(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, gradients=True)
+def _forward(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, sum_dtype):
+    head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
+    sums, gradients = _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=True)
+    return sums, (*gradients, w_DV)  # of which the backward pass takes only the type
 
 
-def _backward(rules, chunk, z_loss, gradients, cotangent: LossSums):
+def _backward(rules, chunk, z_loss, sum_dtype, residuals, cotangent: LossSums):
     del rules, chunk, z_loss
+    dx_BSD, dw_DV, w_DV = residuals
     scale = cotangent.objective
-    dx_BSD, dw_DV = gradients
-    return (dx_BSD * scale).astype(dx_BSD.dtype), reduce.scale_partial(dw_DV, scale), None
+    dx_BSD = (dx_BSD * scale).astype(dx_BSD.dtype)
+    dw_DV = reduce.scatter(reduce.scale_partial(dw_DV, scale), w_DV, sum_dtype)
+    # The layers' backward pass needs dx alone: it has to wait, or dw waits for it, whole and unsummed.
+    return *jax.lax.optimization_barrier((dx_BSD, dw_DV)), None
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -120,5 +133,4 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         dx_bsD = vocabulary.scatter_tokens(dx_bSD)
     else:  # in a pipeline it is this device's share, and the sum is taken where x was made
         dx_bsD = dx_bSD if all_manual() else vocabulary.sum_tokens(dx_bSD)
-    # The layers' backward pass needs dx alone: it has to wait, or dw waits in float32 all along.
-    return sums, jax.lax.optimization_barrier((dx_bsD, dw_Dv.astype(dtype)))
+    return sums, (dx_bsD, dw_Dv.astype(dtype))

@@ -59,8 +59,8 @@ class Layout:
     def residual(self) -> jax.sharding.PartitionSpec:
         return self.rules.spec("batch", "residual_seq", "embed")
 
-    def weight(self, parameter: nnx.Param) -> jax.Array:
-        """One layer's weight, gathered over `fsdp` in the compute dtype."""
+    def weight(self, parameter: nnx.Param | jax.Array) -> jax.Array:
+        """A weight as a matmul takes it, gathered over `fsdp` in the compute dtype."""
         return reduce.gather(parameter[...], self.dtype, self.sum_dtype)
 
 
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
         self.key = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
         self.value = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
         self.out = new.normal(
-            (c.heads, c.head_dim, c.dim), "heads", "head_dim", "embed_fsdp", scale=1 / math.sqrt(2 * c.layers)
+            (c.dim, c.heads, c.head_dim), "embed_fsdp", "heads", "head_dim", scale=1 / math.sqrt(2 * c.layers)
         )
         self.layout = new.layout
 
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
         o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.context)
-        out_BSD = layout.leave("BSHK,HKD->BSD", o_BSHK, layout.weight(self.out))
+        out_BSD = layout.leave("BSHK,DHK->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
 
@@ -139,7 +139,7 @@ class MLP(nnx.Module):
         c = new.config
         self.gate = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
         self.up = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
-        self.down = new.normal((c.ffn_dim, c.dim), "ffn", "embed_fsdp", scale=1 / math.sqrt(2 * c.layers))
+        self.down = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn", scale=1 / math.sqrt(2 * c.layers))
         self.layout = new.layout
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class MLP(nnx.Module):
         x_BSD = keep(layout.enter(x_BSD), "mlp_input")
         gate_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate)), "gate")
         up_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up)), "up")
-        return layout.leave("BSF,FD->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
+        return layout.leave("BSF,DF->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
 
 
 class Block(nnx.Module):
@@ -232,8 +232,8 @@ class Llama(nnx.Module):
         return Context(queries, keys, rope_angles(queries.positions, self.config), start)
 
     def head_weight(self) -> jax.Array:
-        """[D, V] in the compute dtype, gathered over fsdp, sharded over the axes of `vocab`."""
-        return self.layout.weight(self.embedding).T if self.head is None else self.layout.weight(self.head)
+        """[D, V], as it is stored or entered."""
+        return self.embedding[...].T if self.head is None else self.head[...]
 
 
 def remat_policy(memory: MemoryConfig) -> Callable[..., Any]:

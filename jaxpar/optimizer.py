@@ -88,15 +88,16 @@ def _move(state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
 
 def _muon_dimensions(params: Any) -> Any:
     """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head and norms."""
-    matrix, split_heads, join_heads = ((1,), (2,)), ((1,), (2, 3)), ((1, 2), (3,))  # dimension 0 is the layer
+    inward, outward = ((1,), (2,)), ((2,), (1,))  # dimension 0 is the layer
+    to_heads, from_heads = ((1,), (2, 3)), ((2, 3), (1,))
     rows_columns = {
-        "layers.attention.query": split_heads,
-        "layers.attention.key": split_heads,
-        "layers.attention.value": split_heads,
-        "layers.attention.out": join_heads,
-        "layers.mlp.gate": matrix,
-        "layers.mlp.up": matrix,
-        "layers.mlp.down": matrix,
+        "layers.attention.query": to_heads,
+        "layers.attention.key": to_heads,
+        "layers.attention.value": to_heads,
+        "layers.attention.out": from_heads,
+        "layers.mlp.gate": inward,
+        "layers.mlp.up": inward,
+        "layers.mlp.down": outward,
     }
 
     def dimensions(path: Any, _: jax.Array) -> contrib.MuonDimensionNumbers | None:

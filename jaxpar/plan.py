@@ -27,11 +27,11 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
         "layers.attention.query": (L, D, H, K),
         "layers.attention.key": (L, D, G, K),
         "layers.attention.value": (L, D, G, K),
-        "layers.attention.out": (L, H, K, D),
+        "layers.attention.out": (L, D, H, K),
         "layers.mlp_norm.scale": (L, D),
         "layers.mlp.gate": (L, D, F),
         "layers.mlp.up": (L, D, F),
-        "layers.mlp.down": (L, F, D),
+        "layers.mlp.down": (L, D, F),
         "norm.scale": (D,),
         "head": (D, V),
     }

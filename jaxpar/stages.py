@@ -196,7 +196,13 @@ def make_program(
     def finish(ends: list[jax.Array], y_bsD: jax.Array, batch: Batch) -> tuple[jax.Array, loss.LossSums]:
         model = ends_of(ends)
         sums = loss.cross_entropy(
-            model.norm(y_bsD), model.head_weight(), batch.targets, layout.rules, config.loss.chunk, config.train.z_loss
+            model.norm(y_bsD),
+            model.head_weight(),
+            batch.targets,
+            layout.rules,
+            config.loss.chunk,
+            config.train.z_loss,
+            layout.sum_dtype,
         )
         return sums.objective * scale, sums
 

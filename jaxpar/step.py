@@ -65,8 +65,9 @@ def init_state(config: Config) -> TrainState:
 def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> tuple[jax.Array, loss.LossSums]:
     """The share of one microbatch [B, S] in the mean loss over `valid` tokens, and its sums."""
     x_BSD, _ = model(batch.tokens, TokenInfo(batch.positions, batch.segments))
+    layout, train = model.layout, config.train
     sums = loss.cross_entropy(
-        x_BSD, model.head_weight(), batch.targets, model.layout.rules, config.loss.chunk, config.train.z_loss
+        x_BSD, model.head_weight(), batch.targets, layout.rules, config.loss.chunk, train.z_loss, layout.sum_dtype
     )
     return sums.objective / valid, sums
 

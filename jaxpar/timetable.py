@@ -3,8 +3,8 @@
   python -m jaxpar.timetable --stages=4 --microbatches=8 --chunks=2 [--schedule=1f1b] [--output=timetable.svg]
 
 Notation: p stages, M microbatches, v chunks a stage. With v > 1 the layers go round the stages v times (Narayanan et
-al., 2021): virtual stage c p + s is chunk c of stage s. A tick is a forward pass of a chunk, or one and a backward pass,
-or a backward pass, on all stages alike, so no device waits in a collective that another never enters.
+al., 2021): virtual stage c p + s is chunk c of stage s. A tick is a forward pass of a chunk, a backward pass, or both,
+on all stages alike, so no device waits in a collective that another never enters.
 
     1f1b   forward of the u-th piece of work of stage s at tick u + s; its backward passes begin at tick v p - 1, on the
            last stage. Ticks of forward alone, of both, and of backward alone follow one another.

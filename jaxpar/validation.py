@@ -303,8 +303,8 @@ def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> N
     if model.vocab_size % parts:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is not divisible by mesh.pipeline x mesh.tensor = {parts}, over "
-            f"which embedding and head are spread; use mesh.pipeline in {_nearest_divisors(model.vocab_size, stages)}, or "
-            f"model.vocab_size in {_nearest_multiples(model.vocab_size, parts)}"
+            f"which embedding and head are spread; use mesh.pipeline in "
+            f"{_nearest_divisors(model.vocab_size, stages)}, or model.vocab_size in {_nearest_multiples(model.vocab_size, parts)}"
         )
     if chunks > 1 and config.parallel.schedule == "gpipe":
         raise ConfigError(

@@ -95,8 +95,8 @@ def to_hugging_face(tree: Llama) -> Leaves:
             continue
         for layer, weight in enumerate(array):
             if weight.ndim > 1:
-                inputs = weight.shape[:2] if name.endswith(".out") else weight.shape[:1]
-                weight = weight.reshape(math.prod(inputs), -1).T
+                weight = weight.reshape(len(weight), -1)  # [out, in] of `out` and `down`, else [in, out]
+                weight = weight if name.endswith((".out", ".down")) else weight.T
             state[f"model.layers.{layer}.{LAYER[name]}.weight"] = weight
     return state
 

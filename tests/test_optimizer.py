@@ -19,7 +19,7 @@ RATES = {"adamw": 1e-2, "lion": 3e-3, "adafactor": 1e-2, "muon": 1e-2, "sgd": 0.
 SHAPES = {
     "embedding": (33, 40),
     "layers.attention.query": (2, 6, 2, 4),
-    "layers.attention.out": (2, 2, 4, 6),
+    "layers.attention.out": (2, 6, 2, 4),
     "layers.mlp.up": (2, 6, 10),
     "layers.mlp_norm.scale": (2, 6),
 }
@@ -65,13 +65,19 @@ class Formula:
         return direction / max(1.0, np.sqrt(np.mean(direction**2))) + decay
 
     def muon(self, g: np.ndarray, decay: np.ndarray, t: int) -> np.ndarray:
-        """Jordan et al., 2024: Nesterov momentum, then each layer's [in, out] matrix made orthogonal; else NAdamW."""
+        """Jordan et al., 2024: Nesterov momentum, then each layer's [in, out] matrix made orthogonal; else NAdamW.
+
+        `out` is stored [out, in]."""
         ahead = self.average("m", g, self.beta1) / (1 - self.beta1 ** (t + 1))
         m = self.beta1 * ahead + (1 - self.beta1) * g / (1 - self.beta1**t)
         if self.name == "embedding" or self.name.endswith("scale"):
             return self.scaled(m, g, t) + decay
-        inputs = math.prod(m.shape[1:3] if self.name.endswith(".out") else m.shape[1:2])
-        return np.stack([self.orthogonal(layer.reshape(inputs, -1)) for layer in m]).reshape(g.shape) + decay
+        matrices = [layer.reshape(len(layer), -1) for layer in m]
+        if self.name.endswith(".out"):
+            matrices = [self.orthogonal(matrix.T).T for matrix in matrices]
+        else:
+            matrices = [self.orthogonal(matrix) for matrix in matrices]
+        return np.stack(matrices).reshape(g.shape) + decay
 
     def orthogonal(self, x: np.ndarray) -> np.ndarray:
         """Five Newton-Schulz steps."""

@@ -103,12 +103,26 @@ def _gather_backward(
     dtype: jnp.dtype, sum_dtype: jnp.dtype, weight: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
-    spec = jax.typeof(weight).sharding.spec
-    scattered = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
-    return (reshard(gradient.astype(sum_dtype), scattered).astype(weight.dtype),)
+    return (scatter(gradient, weight, sum_dtype),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+def scatter(gradient: jax.Array, weight: jax.Array, sum_dtype: jnp.dtype) -> jax.Array:
+    """Reduce-scatters the gradient of a gathered weight over `fsdp` in `sum_dtype`: the transpose of `gather`.
+
+    Args:
+      gradient: of `gather(weight, ...)`.
+      weight: of which only the type is taken.
+      sum_dtype: dtype in which gradients are summed over devices.
+
+    Returns:
+      The gradient in the layout and dtype of `weight`, still a partial sum over the axes it was entered with.
+    """
+    spec = jax.typeof(weight).sharding.spec
+    scattered = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
+    return reshard(gradient.astype(sum_dtype), scattered).astype(weight.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

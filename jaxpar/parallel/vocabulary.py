@@ -19,8 +19,9 @@ from jaxpar.sharding import Rules, all_manual
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, rules: Rules) -> jax.Array:
     """Rows of an embedding whose vocabulary is sharded.
 
-    Every device looks up the tokens whose rows it holds; the sum over the
-    vocabulary's axes has one term a token, so it is exact in any dtype. In the gradient the contributions of a frequent token add up in float32 before anything is rounded.
+    Every device looks up the tokens whose rows it holds; the sum over the vocabulary's axes has one term a token, so
+    it is exact in any dtype. In the gradient the contributions of a frequent token add up in float32 before anything
+    is rounded.
 
     Args:
       table_VD: gathered over fsdp, sharded over the axes of `vocab`.
