@@ -304,7 +304,8 @@ def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> N
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is not divisible by mesh.pipeline x mesh.tensor = {parts}, over "
             f"which embedding and head are spread; use mesh.pipeline in "
-            f"{_nearest_divisors(model.vocab_size, stages)}, or model.vocab_size in {_nearest_multiples(model.vocab_size, parts)}"
+            f"{_nearest_divisors(model.vocab_size, stages)}, or model.vocab_size in "
+            f"{_nearest_multiples(model.vocab_size, parts)}"
         )
     if chunks > 1 and config.parallel.schedule == "gpipe":
         raise ConfigError(
@@ -316,6 +317,11 @@ def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> N
             f"train.microbatches={M} is not divisible by mesh.pipeline={stages}, which parallel.chunks={chunks} needs "
             f"(a chunk takes as many microbatches as there are stages before the next one's turn); use "
             f"train.microbatches in {_nearest_multiples(M, stages)}, or parallel.chunks=1"
+        )
+    if config.memory.offload:
+        raise ConfigError(
+            f"memory.offload={config.memory.offload} is not built for a pipeline (mesh.pipeline={stages}), whose "
+            "stages keep only their inputs; leave it out and save memory by memory.remat"
         )
 
 
