@@ -273,6 +273,7 @@ def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":
     """
     import jax
 
+    from jaxpar import sources, xla
     from jaxpar.sharding import make_mesh
 
     if launch.cpu_devices:
@@ -280,6 +281,7 @@ def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
     elif "JAX_PLATFORMS" not in os.environ and not _nvidia_driver():
         jax.config.update("jax_platforms", "cpu")  # spares a user without a GPU the CUDA plugin's complaints
+    xla.keep_compiled(config.compile, sources.cache())
     _start_processes(launch)
     devices = jax.devices()
     try:

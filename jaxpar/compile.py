@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import data, plan
+from jaxpar import data, plan, xla
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.step import TrainState, batch_spec, init_state, make_train_step
 
@@ -46,7 +46,8 @@ def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
     with jax.set_mesh(mesh):
         field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(config)))
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        options = xla.options(config.compile, mesh.devices.flat)
+        step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
         return step.lower(abstract_state(config, mesh), data.Batch(field, field, field, field)).compile()
 
 

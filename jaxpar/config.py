@@ -204,6 +204,17 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """`gpu_preset`: the options of `xla.GPU_OPTIONS`. `cache`: where compiled programs are kept for the next start:
+    `auto` (the user's cache folder), `none`, or a folder. `unroll`: layers in one turn of the layer loop; more of them
+    stack fewer activations and compile longer."""
+
+    gpu_preset: bool = True
+    cache: str = "auto"
+    unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """`every=0` saves only at the end. `keep`: newest ones kept; `keep_best`: ones of lowest eval loss kept besides.
     `restore`: `auto` continues from the workdir, `none` refuses to touch a used one, a path starts from that run."""
@@ -233,6 +244,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     attention: AttentionConfig = AttentionConfig()
     loss: LossConfig = LossConfig()
+    compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 

@@ -65,12 +65,12 @@ def cross_entropy(
 def _forward(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, sum_dtype):
     head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
     sums, gradients = _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=True)
-    return sums, (*gradients, w_DV)  # of which the backward pass takes only the type
+    return sums, (gradients, w_DV)  # of which the backward pass takes only the type
 
 
 def _backward(rules, chunk, z_loss, sum_dtype, residuals, cotangent: LossSums):
     del rules, chunk, z_loss
-    dx_BSD, dw_DV, w_DV = residuals
+    (dx_BSD, dw_DV), w_DV = residuals
     scale = cotangent.objective
     dx_BSD = (dx_BSD * scale).astype(dx_BSD.dtype)
     dw_DV = reduce.scatter(reduce.scale_partial(dw_DV, scale), w_DV, sum_dtype)

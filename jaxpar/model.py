@@ -187,6 +187,7 @@ class Llama(nnx.Module):
         self.config = config.model
         self.layout = layout
         self.memory = config.memory
+        self.unroll = config.compile.unroll
 
     def __call__(
         self, tokens_BS: jax.Array, queries: TokenInfo, cache: "Cache | None" = None
@@ -212,7 +213,7 @@ class Llama(nnx.Module):
         x_BSD = self.embed(tokens_BS)
         policy = remat_policy(self.memory)
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
-        x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv))
+        x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv), unroll=self.unroll)
         if cache is not None:
             cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache

@@ -207,4 +207,4 @@ def make_program(
         return sums.objective * scale, sums
 
     kept = jax.checkpoint(layer, policy=remat_policy(config.memory), prevent_cse=False)
-    return pipeline.Program(enter, context, kept, finish)
+    return pipeline.Program(enter, context, kept, finish, unroll=config.compile.unroll)

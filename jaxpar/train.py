@@ -20,13 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import cli, data, plan, stages
+from jaxpar import cli, data, plan, stages, xla
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
 from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
-from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step, make_train_step
+from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step
 from jaxpar.timetable import describe as describe_timetable
 from jaxpar.timetable import timetable
 
@@ -190,11 +190,11 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
 
     Dispatches step n, then reads the metrics of step n-1, so the device never waits for the host.
     """
-    train_step: Any = jax.jit(make_train_step(config), donate_argnums=0)
+    clock = time.perf_counter()
+    train_step = compile_train_step(config, mesh)
     if config.memory.offload:
-        train_step = compile_train_step(config, mesh)
         check_offload(train_step, config, MeshConfig(*mesh.devices.shape))
-    eval_step = jax.jit(make_eval_step(config))
+    eval_step = jax.jit(make_eval_step(config), compiler_options=xla.options(config.compile, mesh.devices.flat))
     state, samples = start_state(config, find_checkpoint(workdir, config))
     batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
     offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
@@ -216,7 +216,6 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         config.train.max_nonfinite_steps, int(state.skipped), lambda step: windows(step=step - 1 + offset)
     )
     best, eval_loss = math.inf, None
-    clock = time.perf_counter()
     with (
         StopSignal() as stop,
         contextlib.closing(checkpointer),

@@ -44,7 +44,7 @@ _POSITIVE = (
     "model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor "
     "model.rope_scaling.original_sequence_length model.norm_eps model.init_std data.sequence_length data.prefetch "
     "train.steps train.batch_size train.microbatches train.max_nonfinite_steps optimizer.learning_rate optimizer.eps "
-    "precision.loss_scale_growth_steps parallel.chunks loss.chunk checkpoint.keep log.every"
+    "precision.loss_scale_growth_steps parallel.chunks loss.chunk compile.unroll checkpoint.keep log.every"
 ).split()
 
 _NOT_NEGATIVE = (

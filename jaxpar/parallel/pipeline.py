@@ -41,6 +41,8 @@ class Program(NamedTuple):
     finish: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
     """(ends, y of the last stage, microbatch) -> this device's share of the objective, and sums to report. May
     communicate over `pipeline`, which shares the work."""
+    unroll: int = 1
+    """Layers in one turn of a loop over them."""
 
 
 class _Mine(NamedTuple):
@@ -234,10 +236,15 @@ def _run(
 ) -> jax.Array:
     """The layers of one chunk."""
     if timetable.chunks == 1:
-        return jax.lax.scan(lambda x, weights: (program.layer(weights, x, context), None), x, layers)[0]
+        return jax.lax.scan(
+            lambda x, weights: (program.layer(weights, x, context), None), x, layers, unroll=program.unroll
+        )[0]
     depth = _depth(layers) // timetable.chunks
     return jax.lax.scan(
-        lambda x, i: (program.layer(_at(layers, chunk * depth + i), x, context), None), x, jnp.arange(depth)
+        lambda x, i: (program.layer(_at(layers, chunk * depth + i), x, context), None),
+        x,
+        jnp.arange(depth),
+        unroll=program.unroll,
     )[0]
 
 
@@ -267,7 +274,7 @@ def _run_backward(
         shared[:] = structure, [here.get(id(leaf)) for leaf in residuals]
         return y, [leaf for leaf in residuals if id(leaf) not in here]
 
-    _, kept_l = jax.lax.scan(keep, x, jnp.arange(depth))
+    _, kept_l = jax.lax.scan(keep, x, jnp.arange(depth), unroll=program.unroll)
 
     def step(carry: tuple[jax.Array, Any], scanned: tuple) -> tuple[tuple, None]:
         dy, dlayers = carry
@@ -281,7 +288,9 @@ def _run_backward(
         )
         return (dx, dlayers), None
 
-    (dx, dlayers), _ = jax.lax.scan(step, (dy, dlayers), (jnp.arange(depth), kept_l), reverse=True)
+    (dx, dlayers), _ = jax.lax.scan(
+        step, (dy, dlayers), (jnp.arange(depth), kept_l), reverse=True, unroll=program.unroll
+    )
     return dlayers, dx
 
 
