@@ -1,17 +1,21 @@
-"""Attention: one manual island that picks the context parallelism and the local kernel.
+"""Attention: one manual island that picks the context parallelism and the kernel.
 
 Masks come from positions and segment ids alone, never from an offset, so packed documents, padding, context parallelism
 and a key-value cache all use the same rule: a query sees the keys of its own segment up to its own position.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
 
-from jaxpar.parallel import context
+from jaxpar import cudnn
+from jaxpar.config import Config, ConfigError
+from jaxpar.parallel import context, tiles
 from jaxpar.sharding import Rules, all_manual
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
@@ -19,6 +23,9 @@ from jaxpar.sharding import Rules, all_manual
 
 _QUERIES = 512
 """Queries that are worked on at a time."""
+
+_WHOLE_ROWS = 2048
+"""Keys up to which the scores of `_QUERIES` queries and all keys are held; beyond, those of tiles."""
 
 
 class TokenInfo(NamedTuple):
@@ -28,6 +35,22 @@ class TokenInfo(NamedTuple):
     segments: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What of a config decides how attention is computed. `context`: all_gather, ring or ulysses; `zigzag`: tokens are
+    not in the order of the text; `packed`: a row may hold several documents; `implementation`: auto, cudnn or xla."""
+
+    context: str = "all_gather"
+    zigzag: bool = False
+    packed: bool = True
+    implementation: str = "xla"
+
+    @classmethod
+    def make(cls, config: Config) -> "Options":
+        parallel = config.parallel
+        return cls(parallel.context, parallel.zigzag, config.data.packing, config.attention.implementation)
+
+
 def attend(
     q_BSHK: jax.Array,
     k_BTGK: jax.Array,
@@ -35,7 +58,7 @@ def attend(
     queries: TokenInfo,
     keys: TokenInfo,
     rules: Rules,
-    kind: str,
+    options: Options,
 ) -> jax.Array:
     """Causal grouped-query attention within segments.
 
@@ -43,26 +66,66 @@ def attend(
       q_BSHK: queries, sharded (batch, seq, heads); H is a multiple of G.
       k_BTGK: keys, and v_BTGK: values, sharded (batch, seq, kv_heads).
       queries: positions and segments of the queries, sharded (batch, seq).
-      keys: the same of the keys, sharded over batch only: they are needed whole, and are the same in every layer.
+      keys: the same of the keys, sharded over batch only: they are needed whole, and are the same in every layer. T is
+        S, or with all_gather the length of a cache, which is always read by XLA.
       rules: the sharding table.
-      kind: of context parallelism: all_gather, ring or ulysses. The last two are self-attention: T is S.
+      options: see there.
 
     Returns:
-      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are. It bears the name `attention` for remat.
+      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are; in padding arbitrary, but finite. It bears the
+      name `attention` for remat, and so does what else the backward pass needs in order not to compute it again.
 
     Communication, over `sequence`: all_gather: an all-gather of k and v; in the backward pass a reduce-scatter of
     their gradients. ring and ulysses: see `context.ring`, `context.ring_gradient` and `context.tokens_to_heads`.
+
+    Raises:
+      ConfigError: `implementation=cudnn` where cuDNN cannot compute this.
     """
-    assert kind == "all_gather" or q_BSHK.shape[1] == k_BTGK.shape[1], "a cache is read with all_gather"
-    if kind == "ring":
-        return _ring(q_BSHK, k_BTGK, v_BTGK, queries, keys, rules)
+    cached = q_BSHK.shape[1] != k_BTGK.shape[1]
+    assert options.context == "all_gather" or not cached, "a cache is read with all_gather"
+    local = q_BSHK.shape if all_manual() else jax.typeof(q_BSHK).sharding.shard_shape(q_BSHK.shape)
+    kernel = None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
     island = jax.shard_map(
-        {"all_gather": _all_gathered, "ulysses": _exchanged}[kind],
+        functools.partial(_LOCAL[options.context], kernel),
         in_specs=_in_specs(rules),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
         check_vma=not all_manual(),  # a region around it that does not check cannot be checked in here
     )
-    return keep(island(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
+    return island(q_BSHK, k_BTGK, v_BTGK, queries, keys)
+
+
+def refuses_cudnn(local_shape: tuple[int, ...], dtype: Any, options: Options) -> str:
+    """Why XLA and not cuDNN computes attention on the devices of the mesh, or an empty string.
+
+    Args:
+      local_shape: of the queries of one device, [B, S, H, K]; dtype: theirs.
+
+    Raises:
+      ConfigError: `implementation=cudnn` asked for what cuDNN cannot.
+    """
+    if options.implementation == "xla":
+        return "attention.implementation=xla"
+    layout, spread = _layout(options), _devices("sequence") > 1
+    if options.context == "ring":
+        why = "the ring puts results together that its tiles of XLA compute; use parallel.context=ulysses or all_gather"
+    elif options.zigzag and spread:
+        why = "it needs tokens in the order of the text; use parallel.zigzag=false"
+    else:
+        why = cudnn.refusal(cudnn.capability(), dtype, local_shape, packed=layout != "row")
+    if why and options.implementation == "cudnn":
+        raise ConfigError(f"attention.implementation=cudnn: {why}, or attention.implementation=auto")
+    return why
+
+
+def _devices(axis: str) -> int:
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def _layout(options: Options) -> str:
+    """What a device's queries and keys are: a `row` of one document, a row of `documents`, or a `part` of one."""
+    if options.context == "all_gather" and _devices("sequence") > 1:
+        return "part"
+    return "documents" if options.packed else "row"
 
 
 def sees(queries: TokenInfo, keys: TokenInfo) -> jax.Array:
@@ -77,16 +140,52 @@ def _in_specs(rules: Rules) -> tuple:
     return q, kv, kv, rules.spec("batch", "seq"), rules.spec("batch", None)
 
 
+class Kernel(NamedTuple):
+    """Attention of what is on one device, and its gradient: functions of (q, k, v, queries, keys) to the result and the
+    log-sum-exp of the scores, and of these and the result's gradient to the gradients of q, k and v."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(kernel: Kernel, q_BSHK, k_BTGK, v_BTGK, queries: TokenInfo, keys: TokenInfo) -> jax.Array:
+    return _attention_forward(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)[0]
+
+
+def _attention_forward(kernel: Kernel, *operands):
+    """Remat keeps the log-sum-exp with the result, for without both attention runs again. They are named here because
+    here they are residuals: a name given to the result outside would be that of a second copy."""
+    o_BSHK, lse_BHS = (keep(x, "attention") for x in kernel.forward(*operands))
+    return o_BSHK, (*operands, o_BSHK, lse_BHS)
+
+
+def _attention_backward(kernel: Kernel, residuals: tuple, do_BSHK: jax.Array):
+    return *kernel.backward(*residuals, do_BSHK), None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
 def _all_gathered(
-    q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
+    kernel: Kernel | None,
+    q_BSHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    queries: TokenInfo,
+    keys: TokenInfo,
 ) -> jax.Array:
-    return _softmax_attention(
-        q_BSHK, context.all_gather_tokens(k_BTGK), context.all_gather_tokens(v_BTGK), queries, keys
-    )
+    k_BTGK, v_BTGK = context.all_gather_tokens(k_BTGK), context.all_gather_tokens(v_BTGK)
+    return _local(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)
 
 
 def _exchanged(
-    q_BSHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, queries: TokenInfo, keys: TokenInfo
+    kernel: Kernel | None,
+    q_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    queries: TokenInfo,
+    keys: TokenInfo,
 ) -> jax.Array:
     """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so where remat keeps
     something it keeps them, and the exchange is not repeated."""
@@ -94,7 +193,72 @@ def _exchanged(
     q_BSHK = keep(context.tokens_to_heads(q_BSHK), "query")
     k_BSGK = keep(context.tokens_to_heads(k_BSGK), "key")
     v_BSGK = keep(context.tokens_to_heads(v_BSGK), "value")
-    return context.heads_to_tokens(_softmax_attention(q_BSHK, k_BSGK, v_BSGK, keys, keys))
+    o_BSHK = _local(kernel, q_BSHK, k_BSGK, v_BSGK, keys, keys)
+    return keep(context.heads_to_tokens(o_BSHK), "attention")
+
+
+def _passed_round(
+    kernel: Kernel | None,
+    q_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    queries: TokenInfo,
+    keys: TokenInfo,
+) -> jax.Array:
+    assert kernel is None
+    return _attention(_RING, q_BSHK, k_BSGK, v_BSGK, queries, keys)
+
+
+_LOCAL = {"all_gather": _all_gathered, "ulysses": _exchanged, "ring": _passed_round}
+
+
+def _local(
+    kernel: Kernel | None,
+    q_BSHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    queries: TokenInfo,
+    keys: TokenInfo,
+) -> jax.Array:
+    if kernel is not None:
+        return _attention(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)
+    S, T = q_BSHK.shape[1], k_BTGK.shape[1]
+    if S <= _QUERIES or T <= _WHOLE_ROWS:
+        return keep(_softmax_attention(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
+    q_BSHK, queries = jax.tree.map(lambda x: _in_tiles(x, S), (q_BSHK, queries))
+    k_BTGK, v_BTGK, keys = jax.tree.map(lambda x: _in_tiles(x, T), (k_BTGK, v_BTGK, keys))
+    return _attention(_TILES, q_BSHK, k_BTGK, v_BTGK, queries, keys)[:, :S]
+
+
+def _in_tiles(x: jax.Array, tokens: int) -> jax.Array:
+    """With padding up to a number of tokens that has good tiles."""
+    return jnp.pad(x, ((0, 0), (0, -tokens % tiles.TILE), *((0, 0),) * (x.ndim - 2)))
+
+
+_RING = Kernel(functools.partial(context.ring, sees=sees), functools.partial(context.ring_gradient, sees=sees))
+_TILES = Kernel(functools.partial(tiles.attention, sees=sees), functools.partial(tiles.attention_gradient, sees=sees))
+
+
+def _cudnn(first_key: Callable[[jax.Array], Any]) -> Kernel:
+    """`first_key`: where the first of these queries stands among the keys; see `cudnn.attention`."""
+
+    def forward(q_BSHK, k_BTGK, v_BTGK, queries, keys):
+        del keys  # those of the queries' documents
+        return cudnn.attention(q_BSHK, k_BTGK, v_BTGK, queries.positions, queries.segments, first_key(q_BSHK))
+
+    def backward(q_BSHK, k_BTGK, v_BTGK, queries, keys, *results):
+        del keys
+        known = queries.positions, queries.segments, first_key(q_BSHK), *results
+        return cudnn.attention_gradient(q_BSHK, k_BTGK, v_BTGK, *known)
+
+    return Kernel(forward, backward)
+
+
+_CUDNN = {
+    "row": _cudnn(lambda q_BSHK: None),
+    "documents": _cudnn(lambda q_BSHK: 0),
+    "part": _cudnn(lambda q_BSHK: jax.lax.axis_index("sequence") * q_BSHK.shape[1]),
+}
 
 
 def _softmax_attention(
@@ -122,39 +286,3 @@ def _softmax_attention(
 
     o_NBCHK = jax.lax.map(lambda x: chunk(*x), (split(q_BSHK), TokenInfo(*map(split, queries))))
     return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *q_BSHK.shape[2:])[:, :length]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _ring(q_BSHK, k_BSGK, v_BSGK, queries: TokenInfo, keys: TokenInfo, rules: Rules) -> jax.Array:
-    return _ring_forward(q_BSHK, k_BSGK, v_BSGK, queries, keys, rules)[0]
-
-
-def _ring_forward(q_BSHK, k_BSGK, v_BSGK, queries, keys, rules):
-    """Remat keeps the log-sum-exp with the result, for without both the ring runs again. They are named here because
-    here they are residuals: a name given to the result outside would be that of a second copy."""
-    island = _spelt_out(
-        functools.partial(context.ring, sees=sees),
-        in_specs=_in_specs(rules),
-        out_specs=(rules.spec("batch", "seq", "heads", "head_dim"), rules.spec("batch", "heads", "seq")),
-    )
-    o_BSHK, lse_BHS = island(q_BSHK, k_BSGK, v_BSGK, queries, keys)
-    o_BSHK, lse_BHS = keep(o_BSHK, "attention"), keep(lse_BHS, "attention")
-    return o_BSHK, (q_BSHK, k_BSGK, v_BSGK, queries, keys, o_BSHK, lse_BHS)
-
-
-def _ring_backward(rules: Rules, residuals: Any, do_BSHK: jax.Array):
-    q, kv, _, _, _ = specs = _in_specs(rules)
-    island = _spelt_out(
-        functools.partial(context.ring_gradient, sees=sees),
-        in_specs=(*specs, q, rules.spec("batch", "heads", "seq"), q),
-        out_specs=(q, kv, kv),
-    )
-    return *island(*residuals, do_BSHK), None, None
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
-
-
-def _spelt_out(local, *, in_specs, out_specs):
-    """A full-manual region through which nothing is differentiated: both directions spell out their communication."""
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)  # see above

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 _PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "config/metadata")
 
 _MUST_MATCH = ("optimizer.name", "data.tokenizer", "precision.params")
+
+_ORDER_OF_DATA = (
+    *("data.source", "data.text_field", "data.sequence_length", "data.packing"),
+    *("data.validation_fraction", "data.validation_source", "train.seed"),
+)
+"""What decides which windows the position in the data has passed."""
 
 
 # Before jax starts.
@@ -87,32 +93,48 @@ def load_config(directory: Path) -> Config:
 
 
 def check_resume(workdir: str | Path, config: Config) -> None:
-    """Refuses a start from a checkpoint of another model.
+    """Refuses a start from a checkpoint of another model, and to continue a run with other data.
 
     Raises:
       ConfigError: fields of the model, or the optimizer's name, the tokenizer or the precision of the parameters
-        differ (each is listed with both values), or `find_checkpoint` refuses.
+        differ, or in a run that goes on what decides the order of its data (each is listed with both values); or
+        `find_checkpoint` refuses.
     """
     found = find_checkpoint(workdir, config)
     if found is None:
         return
-    saved = _read_json(found, "config")
-    differences = []
-    for path in field_paths():
-        group, _, rest = path.partition(".")
-        if group != "model" and path not in _MUST_MATCH:
-            continue
-        value: Any = saved.get(group, {})
-        for name in rest.split("."):
-            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if value is not _ABSENT and value != value_of(config, path):
-            differences.append(f"{path}: checkpoint {value}, config {value_of(config, path)}")
-    if differences:
+    of_model = [path for path in field_paths() if path.startswith("model.")]
+    if differences := _differences(found, config, [*of_model, *_MUST_MATCH]):
         raise ConfigError(
             f"{found} belongs to another run:\n  "
             + "\n  ".join(differences)
             + "\nuse another --workdir, or the same fields"
         )
+    if _steps(Path(workdir) / "checkpoints") and (differences := other_data(found, config)):
+        raise ConfigError(
+            f"{found} is in the middle of other data:\n  "
+            + "\n  ".join(differences)
+            + "\nuse the same fields, or begin this data from its start with these weights, in another --workdir with "
+            f"--config.checkpoint.restore={workdir}"
+        )
+
+
+def other_data(directory: Path, config: Config) -> list[str]:
+    """The fields by which the data of a checkpoint differs from that of `config`, with both values; [] where its
+    position in the data means the same windows."""
+    return _differences(directory, config, _ORDER_OF_DATA)
+
+
+def _differences(directory: Path, config: Config, paths: Iterable[str]) -> list[str]:
+    saved = _read_json(directory, "config")
+    differences = []
+    for path in paths:
+        value: Any = saved
+        for name in path.split("."):
+            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+        if value is not _ABSENT and value != value_of(config, path):
+            differences.append(f"{path}: checkpoint {value}, config {value_of(config, path)}")
+    return differences
 
 
 _ABSENT = object()  # a field that is younger than the checkpoint

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import data, plan, xla
+from jaxpar import attention, data, plan, xla
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.step import TrainState, batch_spec, init_state, make_train_step
 
@@ -41,7 +41,11 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step for a mesh of devices, absent ones too. It donates the state; no array is made."""
+    """The training step for a mesh of devices, absent ones too. It donates the state; no array is made.
+
+    Attention is that of these devices, not of the machine that compiles. For absent ones cuDNN cannot be asked how much
+    memory its calls work in: `memory_analysis()` has none of it.
+    """
     train = config.train
     shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
     with jax.set_mesh(mesh):
@@ -49,6 +53,21 @@ def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         options = xla.options(config.compile, mesh.devices.flat)
         step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
         return step.lower(abstract_state(config, mesh), data.Batch(field, field, field, field)).compile()
+
+
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """Refuses `attention.implementation=cudnn` where cuDNN cannot compute the attention of a training step.
+
+    Raises:
+      ConfigError: the rule that is broken.
+    """
+    model, train, sizes = config.model, config.train, MeshConfig(*mesh.devices.shape)
+    rows = train.batch_size // train.microbatches // sizes.batch_shards
+    tokens, heads = config.data.sequence_length // sizes.sequence, model.heads // sizes.tensor
+    with jax.set_mesh(mesh):
+        attention.refuses_cudnn(
+            (rows, tokens, heads, model.head_dim), config.precision.compute, attention.Options.make(config)
+        )
 
 
 def check_host_memory(config: Config, mesh: Mesh) -> None:

@@ -217,7 +217,8 @@ class CompileConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """`every=0` saves only at the end. `keep`: newest ones kept; `keep_best`: ones of lowest eval loss kept besides.
-    `restore`: `auto` continues from the workdir, `none` refuses to touch a used one, a path starts from that run."""
+    `restore`: `auto` continues from the workdir, `none` refuses to touch a used one, a path starts from that run, and
+    if the data or its order are others, at their beginning."""
 
     every: int = 500
     keep: int = 2

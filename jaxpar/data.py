@@ -162,11 +162,10 @@ def _load(
     tokens, lengths = (np.concatenate(arrays) for arrays in zip(*encoded, strict=True))
     if not fraction:
         return Stream([tokens], documents=len(lengths)), None
-    if len(lengths) == 1:
-        cut = max(0, len(tokens) - tail(len(tokens), fraction))
-        return Stream([tokens[:cut]], documents=1), Stream([tokens[cut:]], documents=0)
     held = held_out(0, len(lengths), fraction)
-    held[-1] |= not held.any()
+    if not held.any():
+        cut = max(0, len(tokens) - tail(int(lengths[-1]), fraction * len(lengths)))
+        return Stream([tokens[:cut]], documents=len(lengths)), Stream([tokens[cut:]], documents=0)
     of_held = np.repeat(held, lengths)
     return (
         Stream([tokens[~of_held]], documents=int((~held).sum())),
@@ -176,14 +175,15 @@ def _load(
 
 def held_out(first: int, count: int, fraction: float) -> np.ndarray:
     """Which of the documents `first` .. `first+count`-1 of a corpus are for validation; bool [count]. Evenly spaced and
-    independent of any seed. Whoever knows that a corpus has too few documents for one holds out its last."""
+    independent of any seed. Who knows that a corpus has too few documents for one holds out the `tail` of its last."""
     steps = np.floor(np.arange(first, first + count + 1) * fraction)
     return steps[1:] > steps[:-1]
 
 
-def tail(tokens: int, fraction: float) -> int:
-    """Tokens that a corpus of one document holds out at its end: enough for one prediction at least."""
-    return max(2, int(tokens * fraction))
+def tail(tokens: int, share: float) -> int:
+    """Tokens that a corpus with too few documents to hold one out holds out at the end of its last, which has `tokens`:
+    a `share` of it, the fraction times the number of documents, but enough for one prediction."""
+    return max(2, int(tokens * share))
 
 
 def _split_shards(stream: Stream, config: DataConfig, fraction: float) -> tuple[Stream, Stream]:
@@ -285,8 +285,7 @@ def batches(
 
 def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) -> list[int]:
     """Indices of the windows in batch `step` of `batches`, in order."""
-    order = _order(windows, seed)
-    return [order(sample) for sample in range(step * batch_size, (step + 1) * batch_size)]
+    return _order(windows, seed)(np.arange(step * batch_size, (step + 1) * batch_size))
 
 
 def evaluation_batches(
@@ -307,41 +306,44 @@ def evaluation_batches(
     shape = (microbatches, batch_size // microbatches)
 
     def load(n: int) -> Batch:
-        return _assemble(windows, lambda k: k * len(windows) // total, n * batch_size, shape, rows, total)
+        return _assemble(
+            windows, lambda samples: (samples * len(windows) // total).tolist(), n * batch_size, shape, rows, total
+        )
 
     return _ahead(load, 0, math.ceil(total / batch_size), prefetch)
 
 
-def _order(windows: Windows, seed: int) -> Callable[[int], int]:
-    """Sample number -> window index: the order of grain's `MapDataset.shuffle(seed).repeat()`, by the function behind
-    it, which costs a third. The seed is hashed, for the epoch is added to it, and the second epoch of seed 0 should not
+def _order(windows: Windows, seed: int) -> Callable[[np.ndarray], list[int]]:
+    """Sample numbers -> window indices, in the order of grain's `MapDataset.shuffle(seed).repeat()`: the function
+    behind it costs a third. The seed is hashed, for the epoch is added to it, and the second epoch of seed 0 should not
     be the first of seed 1."""
     from grain.experimental import index_shuffle
 
     mixed, last = int(np.random.SeedSequence(seed).generate_state(1)[0]), len(windows) - 1
 
-    def window_of(sample: int) -> int:
-        epoch, index = divmod(sample, last + 1)
-        return index_shuffle(index, max_index=last, seed=(mixed + epoch) % 2**32, rounds=4)
+    def windows_of(samples: np.ndarray) -> list[int]:
+        epochs, indices = np.divmod(samples, last + 1)
+        seeds = ((mixed + epochs) % 2**32).tolist()
+        return [index_shuffle(i, last, s, 4) for i, s in zip(indices.tolist(), seeds, strict=True)]
 
-    return window_of
+    return windows_of
 
 
 def _assemble(
     windows: Windows,
-    index_of: Callable[[int], int],
+    index_of: Callable[[np.ndarray], list[int]],
     first: int,
     shape: tuple[int, int],
     rows: Sequence[int] | None,
     total: int = sys.maxsize,
 ) -> Batch:
     """Loads samples `first` .. first + M*b - 1, in `shape` [M, b]; those from `total` on and those of rows that are not
-    among `rows` are padding. `index_of`: sample number -> window."""
+    among `rows` are padding. `index_of`: sample numbers -> windows."""
     samples_Mb = np.arange(first, first + math.prod(shape)).reshape(shape)
     wanted_Mb = samples_Mb < total
     if rows is not None:
         wanted_Mb &= np.isin(np.arange(shape[1]), rows)
-    loaded = windows.load([index_of(sample) for sample in samples_Mb[wanted_Mb].tolist()])
+    loaded = windows.load(index_of(samples_Mb[wanted_Mb]))
     if wanted_Mb.all():
         return Batch(*(field.reshape(*shape, -1) for field in loaded))
     padding = {"tokens": 0, "targets": IGNORED, "positions": 0, "segments": 0}

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -31,7 +32,8 @@ _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z\-]*[a-z])
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction. `bytes` is the size of its whole (the result of a gather, the input of a scatter)
-    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands."""
+    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `axes`
+    is empty where every device is alone in its group and nothing is sent: the CPU compiler leaves such ones in."""
 
     kind: str
     axes: tuple[str, ...]
@@ -41,33 +43,52 @@ class Collective:
     depth: int
 
 
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Every collective of a compiled module, walked from its entry through loops, calls and fusions.
+class Instruction(NamedTuple):
+    """What a step runs `count` times, in `depth` nested loops, at the least: a loop of unknown length counts as one
+    round, and `known` says whether there was none."""
 
-    A combined collective (a tuple) counts as one, with the bytes of all its parts.
-    """
+    operation: str
+    result: str
+    rest: str
+    count: int
+    depth: int
+    known: bool
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction of a compiled module, walked from its entry through loops, calls and fusions."""
     computations, entry = _computations(text)
-    groups = _axis_groups(mesh)
 
-    def walk(name: str, count: int, depth: int) -> Iterator[Collective]:
+    def walk(name: str, count: int, depth: int, known: bool) -> Iterator[Instruction]:
         for line in computations[name]:
             if not (match := _INSTRUCTION.match(line)):
                 continue
             result, operation, rest = match.groups()
-            kind = operation.removesuffix("-start")
-            if kind in KINDS:
-                yield _collective(kind, operation, result, rest, groups, count, depth)
+            yield Instruction(operation, result, rest, count, depth, known)
             if operation == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-                assert trips, f"a loop of unknown length: {line[:200]}"
                 body = re.search(r"body=%?([\w.\-]+)", rest)
                 assert body
-                yield from walk(body[1], count * int(trips[1]), depth + 1)
+                yield from walk(body[1], count * int(trips[1] if trips else 1), depth + 1, known and bool(trips))
             elif operation in ("call", "fusion", "conditional", "async-start"):
                 for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", rest):
-                    yield from walk(called, count, depth)
+                    yield from walk(called, count, depth, known)
 
-    return list(walk(entry, 1, 0))
+    return walk(entry, 1, 0, True)
+
+
+def collectives(text: str, mesh: Mesh) -> list[Collective]:
+    """Every collective of a compiled module.
+
+    A combined collective (a tuple) counts as one, with the bytes of all its parts.
+    """
+    groups, found = _axis_groups(mesh), []
+    for operation, result, rest, count, depth, known in instructions(text):
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            assert known, f"a collective in a loop of unknown length: {result} {operation}{rest[:200]}"
+            found.append(_collective(kind, operation, result, rest, groups, count, depth))
+    return found
 
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
@@ -150,11 +171,11 @@ def _connected(links: list[tuple[int, ...]]) -> frozenset:
 
 
 def _axis_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
-    """Device groups -> the mesh axes along which they communicate."""
+    """Device groups -> the mesh axes along which they communicate; none for groups of one device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     used = [dim for dim, size in enumerate(ids.shape) if size > 1]
     found = {}
-    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(1, len(used) + 1)):
+    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(len(used) + 1)):
         rest = [dim for dim in range(ids.ndim) if dim not in dims]
         rows = ids.transpose([*rest, *dims]).reshape(-1, math.prod(ids.shape[dim] for dim in dims))
         found[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as keep
 from jax.sharding import reshard
 
-from jaxpar.attention import TokenInfo, attend
+from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.parallel.context import all_gather_tokens
@@ -33,7 +33,7 @@ class Layout:
     sum_dtype: jnp.dtype
     stored_dtype: jnp.dtype
     norm_eps: float
-    context: str
+    attention: Options
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.context)
+        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.attention)
         out_BSD = layout.leave("BSHK,DHK->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
@@ -176,7 +176,7 @@ class Llama(nnx.Module):
             sum_dtype=jnp.dtype(config.precision.grad_reduce),
             stored_dtype=jnp.dtype(config.precision.params),
             norm_eps=config.model.norm_eps,
-            context=config.parallel.context,
+            attention=Options.make(config),
         )
         new = Initializer(config.model, layout, rngs)
         self.embedding = new.normal((config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp")

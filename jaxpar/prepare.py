@@ -40,13 +40,13 @@ SHARD_CHARACTERS = 1 << 25
 class Group:
     """Consecutive documents, which become one training shard and, where some are held out, one validation shard.
 
-    `held` marks them, bool [documents]. `tail_fraction` above 0 holds out the end of a document that is the only one.
+    `held` marks them, bool [documents]. `tail_share` above 0 holds out the end of the last, where a corpus has few.
     """
 
     index: int
     texts: list[str]
     held: np.ndarray
-    tail_fraction: float
+    tail_share: float
 
 
 def prepare(
@@ -109,8 +109,8 @@ def write_group(group: Group, *, tokenizer_name: str, output: Path) -> list[Shar
     tokens, lengths = encode_documents(_tokenizer(tokenizer_name), group.texts)
     characters = np.array([len(text) for text in group.texts])
     of_held = np.repeat(group.held, lengths)
-    if group.tail_fraction:
-        of_held[max(0, len(tokens) - tail(len(tokens), group.tail_fraction)) :] = True
+    if group.tail_share:
+        of_held[max(0, len(tokens) - tail(int(lengths[-1]), group.tail_share)) :] = True
     shards = []
     for split, chosen, documents_of in (("train", ~of_held, ~group.held), ("validation", of_held, group.held)):
         part = tokens[chosen]
@@ -174,10 +174,8 @@ def _groups(source: Source, held: tuple[Path, ...], data: DataConfig, characters
         mask = held_out(seen, len(texts), fraction)
         any_held |= bool(mask.any())
         seen += len(texts)
-        lone = fraction if following is None and seen == 1 else 0.0
-        if fraction and following is None and seen > 1:
-            mask[-1] |= not any_held
-        yield Group(index, texts, mask, lone)
+        too_few = following is None and not any_held
+        yield Group(index, texts, mask, fraction * seen if too_few else 0.0)
         texts, index = following, index + 1
     for texts in batched(documents(held, data.text_field), characters):
         yield Group(index, texts, np.ones(len(texts), bool), 0.0)

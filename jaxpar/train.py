@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import cli, data, plan, stages, xla
-from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, restore_run
-from jaxpar.compile import abstract_state, check_host_memory, check_offload, compile_train_step
+from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, other_data, restore_run
+from jaxpar.compile import abstract_state, check_attention, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.sharding import axes_across_hosts
@@ -162,11 +162,18 @@ def batch_sharding(config: Config, mesh: Mesh) -> tuple[NamedSharding, list[int]
 
 
 def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
-    """The state to begin with, from a checkpoint or fresh, and the number of training samples it has seen."""
+    """The state to begin with, from a checkpoint or fresh, and the number of samples of this data it has seen."""
     if found is None:
         return jax.jit(lambda: init_state(config))(), 0
     state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
-    return stages.to_stages(state, config), int(position["samples"])
+    state = stages.to_stages(state, config)
+    if differences := other_data(found, config):  # of another run: `check_resume` has seen to that
+        if jax.process_index() == 0:
+            print(
+                f"{found} has seen other data, so this one begins at its start ({'; '.join(differences)})", flush=True
+            )
+        return state, 0
+    return state, int(position["samples"])
 
 
 def first_batch(samples: int, batch_size: int) -> int:
@@ -295,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
     check_host_memory(config, mesh)
+    check_attention(config, mesh)
     if jax.process_index() == 0:
         print(describe(config, mesh, corpus), flush=True)
     try:

@@ -35,7 +35,7 @@ CHOICES = {
     "parallel.optimizer_sharding": ("none", "data"),
     "parallel.schedule": ("gpipe", "1f1b"),
     "parallel.context": ("all_gather", "ring", "ulysses"),
-    "attention.implementation": ("auto", "xla"),
+    "attention.implementation": ("auto", "cudnn", "xla"),
     "data.shard_dtype": ("auto", "uint16", "uint32"),
 }
 

@@ -19,7 +19,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxpar import checkpoint
 from jaxpar.checkpoint import Checkpointer
-from jaxpar.config import CheckpointConfig, Config, ConfigError, DataConfig, ModelConfig
+from jaxpar.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from jaxpar.tree import named_leaves
 
 OPTIMIZER = optax.chain(
@@ -216,6 +226,44 @@ def test_a_checkpoint_of_another_model_is_refused(used):
         "--workdir",
     ):
         assert text in str(error.value)
+
+
+OTHER_DATA = dict(
+    source="tinystories",
+    text_field="story",
+    sequence_length=128,
+    packing=False,
+    validation_fraction=0.1,
+    validation_source="val.txt",
+)
+
+
+@pytest.mark.parametrize("field", [*OTHER_DATA, "seed"])
+def test_a_run_goes_on_with_its_own_data_only(used, tmp_path, field):
+    config = Config()
+    if field == "seed":
+        config, change = dataclasses.replace(config, train=TrainConfig(seed=1)), "train.seed: checkpoint 0, config 1"
+    else:
+        value = OTHER_DATA[field]
+        config = dataclasses.replace(config, data=DataConfig(**{field: value}))
+        change = f"data.{field}: checkpoint {getattr(DataConfig(), field)}, config {value}"
+    with pytest.raises(ConfigError, match=rf"{change}\nuse the same .*checkpoint.restore={used}"):
+        checkpoint.check_resume(used, config)
+    elsewhere = dataclasses.replace(config, checkpoint=CheckpointConfig(restore=str(used)))
+    checkpoint.check_resume(tmp_path / "fresh", elsewhere)
+    assert checkpoint.other_data(used / "checkpoints" / "2", elsewhere) == [change]
+
+
+def test_what_a_run_may_change(used):
+    """Everything but the model, the data and the order of both."""
+    config = Config(
+        data=DataConfig(prefetch=7),
+        train=TrainConfig(steps=7, batch_size=64, microbatches=4, eval_every=3, eval_batches=1, z_loss=1e-4),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        parallel=ParallelConfig(gather="per_step"),
+        memory=MemoryConfig(remat="full"),
+    )
+    checkpoint.check_resume(used, config)
 
 
 def test_restore_none_and_paths(used, tmp_path):

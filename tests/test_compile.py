@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpar import data
+from jaxpar.checkpoint import Checkpointer, locate, restore_state
 from jaxpar.compile import abstract_state, check_host_memory, compile_train_step
 from jaxpar.config import ConfigError, MeshConfig, configure
 from jaxpar.sharding import make_mesh
@@ -63,6 +64,25 @@ def test_abstract_state_is_that_of_the_first_step():
         assert (real.shape, real.dtype) == (abstract.shape, abstract.dtype)
         assert real.sharding.is_equivalent_to(abstract.sharding, real.ndim)
         assert real.sharding.memory_kind == (abstract.sharding.memory_kind or "device")
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [("optimizer", "optimizer"), ("", "optimizer"), ("optimizer", "")])
+def test_a_checkpoint_comes_back_into_the_memory_that_is_asked_for(tmp_path, saved, wanted):
+    """What a run with an offloaded optimizer needs to go on, or one without it to go on with it."""
+    mesh = make_mesh(SIZES, jax.devices()[:4])
+    state = two_steps(make_config(saved), mesh)
+    checkpointer = Checkpointer(tmp_path, make_config(saved))
+    checkpointer.save(2, state, data={})
+    checkpointer.close()
+    target = abstract_state(make_config(wanted), make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4]))
+    restored = restore_state(locate(tmp_path), target)
+    for (name, leaf), asked, before in zip(
+        named_leaves(restored).items(), jax.tree.leaves(target), jax.tree.leaves(state), strict=True
+    ):
+        in_host = wanted and name.startswith("optimizer.") and leaf.ndim
+        assert leaf.sharding.memory_kind == ("pinned_host" if in_host else "device"), name
+        assert leaf.sharding.is_equivalent_to(asked.sharding, leaf.ndim), name
+        np.testing.assert_array_equal(leaf, before, err_msg=name)
 
 
 def test_devices_without_host_memory_are_refused():

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from test_parity import MODEL, check, make_config, text  # noqa: F401 (a fixture)
 
 from jaxpar import verify
-from jaxpar.attention import TokenInfo, attend, sees
+from jaxpar.attention import Options, TokenInfo, attend, sees
 from jaxpar.config import BATCH_AXES, MeshConfig
 from jaxpar.data import Batch, zigzag_tokens
 from jaxpar.sharding import Rules, make_mesh
@@ -110,7 +110,7 @@ def random_inputs(mesh, dtype):
 
 def gradients(kind, heads, queries, keys):
     def objective(q, k, v):
-        return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), kind).astype(jnp.float32)))
+        return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), Options(kind)).astype(jnp.float32)))
 
     return [np.asarray(g, np.float64) for g in jax.jit(jax.grad(objective, (0, 1, 2)))(*heads)]
 
@@ -135,7 +135,7 @@ def test_inside_a_manual_region(kind):
         expected = gradients("all_gather", heads, queries, keys)
 
         def local(q, k, v, queries, keys, cotangent):
-            out, transpose = jax.vjp(lambda *heads: attend(*heads, queries, keys, Rules(), kind), q, k, v)
+            out, transpose = jax.vjp(lambda *heads: attend(*heads, queries, keys, Rules(), Options(kind)), q, k, v)
             return transpose(jnp.cos(out) + cotangent)
 
         manual = set(BATCH_AXES) | {"pipeline"}

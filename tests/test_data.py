@@ -186,8 +186,18 @@ def test_split_by_document(tmp_path: Path) -> None:
     assert text_of(data.train) == "doc0|doc1|doc2|doc4|doc5|doc6|doc8|"
     assert (data.documents, data.tokens) == (9, 45)
     assert "9 documents, 45 tokens, 9 training + 3 validation windows of 4" in str(data)
-    few = open_bytes(path, validation_fraction=0.01)
-    assert text_of(few.validation) == "doc8|", "at least one"
+
+
+def test_split_of_few_documents(tmp_path: Path) -> None:
+    """A share of the last, so that two documents do not lose one of them."""
+    path = write(tmp_path / "a.txt", f"{'a' * 99}\n<|endoftext|>\n{'b' * 99}")
+    data = open_bytes(path, validation_fraction=0.05)
+    assert text_of(data.validation) == "b" * 9 + "|", "10 of 200 tokens"
+    assert text_of(data.train) == "a" * 99 + "|" + "b" * 90
+    assert data.documents == 2
+    assert text_of(open_bytes(path, validation_fraction=0.5).validation) == "b" * 99 + "|", "enough for a whole one"
+    least = open_bytes(path, validation_fraction=0.001)
+    assert text_of(least.validation) == "b|", "one prediction at least"
 
 
 def test_split_of_one_document(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from test_lowering import make_config as plain_config
 
 from jaxpar.config import Config, MeshConfig
 from jaxpar.hlo import shapes
-from jaxpar.parallel.context import tile_size
+from jaxpar.parallel.tiles import tile_size
 from jaxpar.validation import validate_mesh
 
 EIGHT = MeshConfig(sequence=8)
@@ -99,16 +99,35 @@ def test_ulysses_exchanges_tokens_for_heads(sizes, remat):
     assert {c.dtype for c in found if c.kind == "all-to-all"} == {"bf16"}
 
 
+LONG = 65_536
+LONG_MODEL = dict(vocab_size=512, dim=512, layers=1, heads=2, kv_heads=1, head_dim=128, ffn_dim=1024)
+
+
+def long_memory(kind: str, n: int, implementation="auto") -> int:
+    """Bytes that a device holds besides its state, for one row of 65,536 tokens on n devices."""
+    sizes = MeshConfig(sequence=n)
+    config = make_config(sizes, kind, remat="full", length=LONG, model=LONG_MODEL)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, batch_size=1),
+        attention=dataclasses.replace(config.attention, implementation=implementation),
+    )
+    size = compile_step(config, sizes, "gpu")[0].memory_analysis().temp_size_in_bytes
+    print(f"{kind} on {n}, {implementation}: {size / 2**20:.0f} MiB")
+    return size
+
+
 @pytest.mark.slow
 def test_ring_memory_falls_with_the_number_of_devices():
-    """65,536 tokens: what a device holds besides its state is inverse to the devices; constant are tiles of scores."""
-    model = dict(vocab_size=512, dim=512, layers=1, heads=2, kv_heads=1, head_dim=128, ffn_dim=1024)
-    held = {}
-    for n in (2, 4, 8):
-        sizes = MeshConfig(sequence=n)
-        config = make_config(sizes, "ring", remat="full", length=65_536, **model)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1))
-        held[n] = compile_step(config, sizes, "gpu")[0].memory_analysis().temp_size_in_bytes
-    print({n: f"{size / 2**20:.0f} MiB" for n, size in held.items()})
+    """What a device holds besides its state is inverse to the devices; constant are tiles of scores."""
+    held = {n: long_memory("ring", n) for n in (2, 4, 8)}
     assert held[4] * 4 < 1.2 * held[2] * 2
     assert held[8] * 8 < 1.2 * held[2] * 2
+
+
+def test_all_gather_holds_keys_and_values_more_than_the_ring():
+    """XLA's tiles write the gradients of all keys and values in their place. cuDNN cannot: once more that size."""
+    KV = BF16 * 2 * LONG * LONG_MODEL["kv_heads"] * LONG_MODEL["head_dim"]
+    ring = long_memory("ring", 8)
+    assert 0 < long_memory("all_gather", 8, "xla") - ring < 1.05 * KV
+    assert 0 < long_memory("all_gather", 8) - ring < 2.05 * KV

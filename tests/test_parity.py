@@ -157,6 +157,11 @@ def test_what_is_kept_changes_nothing(text, memory):
     check(make_config(text, microbatches=2, memory=memory), dict(fsdp=2, sequence=2, tensor=2))
 
 
+@pytest.mark.parametrize("microbatches", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
+def test_microbatches_change_nothing(text, microbatches):
+    check(make_config(text, microbatches=microbatches), dict(data=2, fsdp=2))
+
+
 def test_initialisation_does_not_depend_on_the_mesh(text):
     config = make_config(text)
     one = verify.initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpar import checkpoint, cli, data
 from jaxpar import train as command
@@ -31,6 +30,7 @@ from jaxpar.step import init_state
 from jaxpar.tree import named_leaves
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 CONFIG = """
 from jaxpar.config import configure
@@ -52,22 +52,6 @@ OTHER = ("--mesh.fsdp=2", "--mesh.expert=2", "--mesh.sequence=2", "--config.trai
 BATCH, LENGTH = 8, 32
 POISON = 300  # an id that no text has
 Fed = dict[int, np.ndarray]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keeps compiled programs on disk: the runs here differ in few of them."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +303,19 @@ def test_restoring_from_another_run(train, killed, whole, tmp_path):
     assert (list(rows(tmp_path / "run")), saved_steps(tmp_path / "run")) == (list(range(11, 21)), [20])
     assert rows(tmp_path / "run")[20]["loss"] == rows(whole.workdir)[20]["loss"]
     assert files(killed) == before
+
+
+def test_other_data_is_refused_or_begun_afresh(train, killed, tmp_path):
+    """The position in the data of a run means nothing in another order of it."""
+    before, seed, fresh = files(killed), "--config.train.seed=3", tmp_path / "fresh"
+    with pytest.raises(command.ConfigError, match=rf"train.seed: checkpoint 0, config 3\n.*restore={killed}"):
+        train(killed, *MESH, seed)
+    assert files(killed) == before, "a refused start has written"
+    flags = (*MESH, seed, f"--config.checkpoint.restore={killed}")
+    with watched() as fed:
+        assert train(fresh, *flags, "--config.train.steps=15") == train(fresh, *flags) == 0
+    assert list(fed) == [*range(1, 11)], "batches from the first, then on from there"
+    assert [rows(fresh)[step]["tokens"] for step in (11, 20)] == [BATCH * LENGTH, 10 * BATCH * LENGTH]
 
 
 # Signals.

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpar import verify
 from jaxpar.parallel import context
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 # bfloat16, which verify must not use: its rounding alone is a thousand times the tolerance.
 CONFIG = """
@@ -24,23 +25,6 @@ def get_config():
         precision=dict(compute="bfloat16"),
     )
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keeps compiled programs on disk: the runs here differ in few of them."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,95 @@
+"""Times attention of one layer, forward and backward: cuDNN's causal call alone (no documents), and `attend` in each
+implementation, on the GPU that is there. Prints a table, and JSON with --json.
+
+    python scripts/bench_attention.py --batch=4 --length=4096 --heads=32 --kv_heads=8 --head_dim=128 --document=1000
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpar.attention import Options, TokenInfo, attend
+from jaxpar.config import MeshConfig
+from jaxpar.sharding import Rules, make_mesh
+
+
+def documents(batch: int, length: int, mean: int) -> TokenInfo:
+    """Rows of documents of exponentially distributed lengths; `mean` 0: one document a row."""
+    random = np.random.default_rng(0)
+    begins = random.random((batch, length)) < (1 / mean if mean else 0)
+    begins[:, 0] = True
+    place = np.arange(length)
+    positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    return TokenInfo(jnp.asarray(positions, jnp.int32), jnp.asarray(np.cumsum(begins, axis=1), jnp.int32))
+
+
+def seconds(function, *operands, repeats: int) -> float:
+    """Median time of a call, after one that compiles."""
+    jax.block_until_ready(function(*operands))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*operands))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = dict(batch=4, length=4096, heads=32, kv_heads=8, head_dim=128, document=1000, repeats=20)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", help="file for the results")
+    asked = parser.parse_args()
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        print(f"bench_attention needs a GPU; this is {device.device_kind}", file=sys.stderr)
+        return 2
+    shape = asked.batch, asked.length, asked.head_dim
+    draw = np.random.default_rng(0).standard_normal
+    q, k, v = (
+        jnp.asarray(draw((*shape[:2], n, shape[2]), np.float32), jnp.bfloat16)
+        for n in (asked.heads, asked.kv_heads, asked.kv_heads)
+    )
+    packed, whole = documents(*shape[:2], asked.document), documents(*shape[:2], 0)
+
+    def ours(info: TokenInfo, **options):
+        return lambda q, k, v: attend(q, k, v, info, info, Rules(), Options(**options))
+
+    def alone(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    cases = {
+        "cuDNN alone, one document": alone,
+        "cudnn, one document, unpacked": ours(whole, packed=False, implementation="cudnn"),
+        "cudnn, one document, packed": ours(whole, implementation="cudnn"),
+        "cudnn, packed documents": ours(packed, implementation="cudnn"),
+        "xla, packed documents": ours(packed, implementation="xla"),
+    }
+    results = {}
+    with jax.set_mesh(make_mesh(MeshConfig(), [device])):
+        for name, function in cases.items():
+            both = jax.jit(jax.grad(lambda *qkv, f=function: f(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
+            forward = seconds(jax.jit(function), q, k, v, repeats=asked.repeats)
+            results[name] = dict(forward=forward, both=seconds(both, q, k, v, repeats=asked.repeats))
+    first = next(iter(results.values()))
+    print(f"{device.device_kind}, jax {jax.__version__}, bf16, {vars(asked)}")
+    print("| | forward, ms | forward and backward, ms | of cuDNN alone |\n|---|---|---|---|")
+    for name, row in results.items():
+        share = first["both"] / row["both"]
+        print(f"| {name} | {row['forward'] * 1e3:.2f} | {row['both'] * 1e3:.2f} | {share:.2f} |")
+    if asked.json:
+        found = dict(device=device.device_kind, jax=jax.__version__, **vars(asked), results=results)
+        Path(asked.json).write_text(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
