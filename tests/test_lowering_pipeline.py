@@ -21,6 +21,7 @@ from jaxpar.tree import named_leaves
 STAGES = MeshConfig(pipeline=8, fsdp=8)
 FIVE = MeshConfig(pipeline=4, data=2, fsdp=2, sequence=2, tensor=2)
 LAYERS = 16
+MESHES = [STAGES, pytest.param(FIVE, marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -67,7 +68,13 @@ def ticks_that_run(table: Timetable) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "chunks"), [(STAGES, 1), (STAGES, 2), (FIVE, 1)], ids=["fsdp", "chunks", "five axes"]
+    ("sizes", "chunks"),
+    [
+        (STAGES, 1),
+        pytest.param(STAGES, 2, marks=pytest.mark.slow),
+        pytest.param(FIVE, 1, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp", "chunks", "five axes"],
 )
 def test_a_tick_sends_one_residual_each_way(sizes, chunks):
     config = pipeline_config(sizes, chunks=chunks)
@@ -88,7 +95,7 @@ def test_a_tick_sends_one_residual_each_way(sizes, chunks):
         assert sum(c.bytes * c.count for c in others) == A * (lookups + 2 * heads + gradients)
 
 
-@pytest.mark.parametrize("sizes", [STAGES, FIVE], ids=["fsdp", "five axes"])
+@pytest.mark.parametrize("sizes", MESHES, ids=["fsdp", "five axes"])
 def test_weights_are_gathered_and_gradients_reduced_once_a_step(sizes):
     config = pipeline_config(sizes)
     elements = sum(weights(config)) // (sizes.pipeline * sizes.tensor)
@@ -106,6 +113,7 @@ def test_weights_are_gathered_and_gradients_reduced_once_a_step(sizes):
     assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce"}, "no all-to-all"
 
 
+@pytest.mark.slow
 def test_gathering_per_layer():
     """Each layer is gathered when it is computed: once a forward and twice a backward tick, and never whole."""
     config = pipeline_config(STAGES, gather="per_layer")
@@ -122,7 +130,7 @@ def test_gathering_per_layer():
     assert query not in {shape for _, shape in shapes(compiled.as_text())}
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_temporary_memory_does_not_grow_with_microbatches(chunks):
     held = []
     for microbatches in (16, 64):
@@ -141,8 +149,8 @@ def test_the_stash_is_no_larger_than_the_timetable_says():
     assert slots in stacks and max(stacks) == slots
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("sizes", [STAGES, FIVE], ids=["fsdp", "five axes"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", MESHES, ids=["fsdp", "five axes"])
 def test_the_vocabulary_is_shared_by_stages(sizes, tied):
     config = pipeline_config(sizes)
     model = dict(tie_embeddings=tied, layers=LAYERS)
@@ -163,7 +171,7 @@ def test_the_vocabulary_is_shared_by_stages(sizes, tied):
     assert widest == V // parts
 
 
-@pytest.mark.parametrize("sizes", [STAGES, FIVE], ids=["fsdp", "five axes"])
+@pytest.mark.parametrize("sizes", MESHES, ids=["fsdp", "five axes"])
 def test_state_is_what_the_planner_says_and_donated(sizes):
     config = pipeline_config(sizes)
     compiled, mesh = compile_step(config, sizes)

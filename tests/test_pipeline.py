@@ -286,6 +286,20 @@ def test_ticks_of_forward_alone_cost_no_backward(text, chunks, remat):  # noqa: 
     assert loops == list(zip(phases, (F, F + head + B, B), strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_collectives_keep_their_order(text, schedule):  # noqa: F811
+    """The same every time: with nothing to order them, a ring and a shift of the pipeline take each other's data."""
+    config = pipeline_config(text, parallel=dict(context="ring", schedule=schedule))
+    mesh = make_mesh(MeshConfig(pipeline=2, sequence=4))
+    batch = data.Batch(*(x.reshape(4, 4, -1) for x in first_batch(verify.reference_config(config))))
+    with jax.set_mesh(mesh):
+        model = jax.jit(lambda: init_state(config).model)()
+        step = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))
+        results = [jax.device_get(step(model, place(batch, config, mesh))[0].objective) for _ in range(15)]
+    np.testing.assert_allclose(results, results[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("groups", "sizes", "words"),
     [

@@ -2,6 +2,7 @@
 
 import itertools
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,8 @@ def test_the_picture_shows_every_piece_of_work(tmp_path, capsys):
     boxes = [(r.get("x"), r.get("y"), r.get("width")) for r in root.iter(f"{tag}rect") if r.get("stroke")]
     assert len(boxes) == len(set(boxes)) == 2 * 4 * 8 * 2
     assert any("bubble (p - 1) / (v M + p - 1) = 15.8%" in (text.text or "") for text in root.iter(f"{tag}text"))
+    picture = Path(__file__).parents[1] / "docs" / "images" / "pipeline.svg"
+    assert picture.read_text() == svg(table, "1f1b, 2 chunks a stage"), "the picture in the README is out of date"
     output = tmp_path / "out.svg"
     assert module.main(["--stages=4", "--microbatches=8", "--chunks=2", f"--output={output}"]) == 0
     assert ET.parse(output) and "4 stages x 2 chunks, 8 microbatches: 26 ticks" in capsys.readouterr().out

@@ -9,6 +9,10 @@ In a full-manual region jax differentiates the sum of what all devices return: t
 devices hold is the sum of their shares. `psum` is then its own transpose, and gradients are sums that are open over
 every axis that does not shard the weight.
 
+Order: XLA's CPU backend tells the collectives of a manual region apart by nothing but their order on each device, and
+runs what does not depend on one another in any order. So the parts of a tick are made to depend on one another, by
+`_after`: forward, loss, backward, then both shifts at once.
+
     p stages   v chunks of each   l layers of a chunk   M microbatches   T ticks   n slots of the stash
     x, y: residual of one microbatch at the entry and exit of a chunk, [b, s, D]; dx, dy: their gradients
 """
@@ -104,12 +108,18 @@ def forward(program: Program, timetable: Timetable, layers: Any, ends: Any, batc
             return program.finish(ends, y_last, _at(batch, jnp.maximum(now.due, 0)))
 
         result = _when(phase.due, now.due, loss)
-        return _shift(y, timetable.stages, +1), jax.tree.map(lambda r: jnp.where(now.due >= 0, r, 0), result)
+        return jax.lax.optimization_barrier((y, jax.tree.map(lambda r: jnp.where(now.due >= 0, r, 0), result)))
 
     x, results = jnp.zeros(shape.shape, shape.dtype), []
     for ticks in _split(timetable):
         phase = _Now.phase(ticks, timetable.chunks)
-        step = jax.checkpoint(lambda x, now, phase=phase: tick(x, now, phase), prevent_cse=False)
+        # With `prevent_cse` nothing is computed again before the gradient that needs it has arrived.
+        compute = jax.checkpoint(lambda x, now, phase=phase: tick(x, now, phase), prevent_cse=True)
+
+        def step(x: jax.Array, now: _Now, compute=compute) -> tuple[jax.Array, Any]:
+            y, result = compute(x, now)
+            return _shift(y, timetable.stages, +1), result
+
         x, result = jax.lax.scan(step, x, jax.tree.map(jnp.asarray, phase))
         results.append(jax.tree.map(lambda r: jnp.sum(r, axis=0), result))
     return jax.tree.map(lambda *parts: sum(parts), *results)
@@ -170,18 +180,21 @@ def loss_and_gradients(
             c = c._replace(stash=c.stash.at[mine.slot].set(kept))
             y = _run(program, layers, timetable, x, mine.chunk, program.context(_at(batch, mine.microbatch)))
             c, dy_last = _when(phase.due, now.due, lambda: loss(c, y, now), (c, c.dy))
-            c = c._replace(x=_shift(y, timetable.stages, +1))
         if backwards:
             mine = _mine(now.backward, stage)
             dy = jnp.where((stage == last) & (mine.chunk == v - 1), dy_last, c.dy)
             dy = jnp.where(mine.active, dy, 0)  # so every gradient is 0 where there is no work
+            mine = jax.tree.map(lambda n: _after(n, dy_last), mine) if forwards else mine
             context = program.context(_at(batch, mine.microbatch))
-            dlayers, dx = _run_backward(
-                program, layers, c.dlayers, timetable, c.stash[mine.slot], dy, mine.chunk, context
-            )
+            x = c.stash[mine.slot]
+            dlayers, dx = _run_backward(program, layers, c.dlayers, timetable, x, dy, mine.chunk, context)
             first = jnp.where((stage == 0) & (mine.chunk == 0), dx, 0)
             dends = _when(phase.leaving, now.leaving, lambda: leave(c.dends, first, now), c.dends)
-            c = c._replace(dlayers=dlayers, dends=dends, dy=_shift(dx, timetable.stages, -1))
+            c = c._replace(dlayers=dlayers, dends=dends)
+            y = _after(y, dx)
+            c = c._replace(dy=_shift(dx, timetable.stages, -1))
+        if forwards:
+            c = c._replace(x=_shift(y, timetable.stages, +1))
         return c, None
 
     sums = jax.eval_shape(program.finish, ends, x, _at(batch, 0))
@@ -292,6 +305,12 @@ def _run_backward(
         step, (dy, dlayers), (jnp.arange(depth), kept_l), reverse=True, unroll=program.unroll
     )
     return dlayers, dx
+
+
+def _after(x: jax.Array, awaited: jax.Array) -> jax.Array:
+    """`x`, once `awaited` is there; a true dependence, because XLA takes optimization barriers away before it runs."""
+    never = awaited.ravel()[0] == jnp.finfo(awaited.dtype).max
+    return jnp.where(never, jnp.zeros_like(x), x)
 
 
 def _when(needed: np.ndarray, flag: jax.Array, run: Callable[[], Any], otherwise: Any = None) -> Any:
