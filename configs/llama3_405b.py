@@ -23,5 +23,6 @@ def get_config():
         train=dict(steps=1_200_000, batch_size=1024, eval_every=1000),
         optimizer=dict(learning_rate=8e-5, min_learning_rate=8e-7, warmup_steps=8000, weight_decay=0.1, beta2=0.95),
         memory=dict(remat="full"),
+        loss=dict(chunk=512),  # of 128,256 logits each
         checkpoint=dict(every=1000),
     )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpar.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules, all_manual
 
@@ -120,7 +121,7 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         scale_c = valid_c * (1 + 2 * z_loss * lse_c)
         dlogits_cv = (scale_c[:, None] * probability_cv - jnp.where(hit_cv, valid_c[:, None], 0)).astype(dtype)
         dw_Dv += jnp.einsum("cD,cv->Dv", x_cD, dlogits_cv, preferred_element_type=jnp.float32)
-        return (ce, z, dw_Dv), jnp.einsum("cv,Dv->cD", dlogits_cv, w_Dv)
+        return (ce, z, dw_Dv), einsum("cv,Dv->cD", dlogits_cv, w_Dv)
 
     zero = jnp.zeros((), jnp.float32)
     dw_Dv = jnp.zeros(w_Dv.shape if gradients else (), jnp.float32)

@@ -19,6 +19,7 @@ from jax.sharding import reshard
 
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
+from jaxpar.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.parallel.context import all_gather_tokens
 from jaxpar.sharding import Rules, all_manual
@@ -44,9 +45,9 @@ class Layout:
     def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed once."""
         if all_manual():
-            partial = jnp.einsum(subscripts, x, weight)
+            partial = einsum(subscripts, x, weight)
             return vocabulary.scatter_tokens(partial) if self.shards_sequence else vocabulary.sum_tokens(partial)
-        partial = jnp.einsum(
+        partial = einsum(
             subscripts, x, weight, out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"})
         )
         return reshard(partial, self.residual)
@@ -121,9 +122,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, "KVCache | None"]:
         layout = self.layout
         x_BSD = keep(layout.enter(x_BSD), "attention_input")
-        q_BSHK = keep(context.rotate(jnp.einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query")
-        k_BSGK = keep(context.rotate(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key")
-        v_BSGK = keep(jnp.einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
+        q_BSHK = keep(context.rotate(einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query")
+        k_BSGK = keep(context.rotate(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key")
+        v_BSGK = keep(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
@@ -145,8 +146,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         layout = self.layout
         x_BSD = keep(layout.enter(x_BSD), "mlp_input")
-        gate_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate)), "gate")
-        up_BSF = keep(jnp.einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up)), "up")
+        gate_BSF = keep(einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate)), "gate")
+        up_BSF = keep(einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up)), "up")
         return layout.leave("BSF,DF->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
 
 

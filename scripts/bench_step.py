@@ -247,12 +247,13 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
         )
         for name, runs in results.items()
     }
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch") if name in installed}
     return dict(
         date=datetime.date.today().isoformat(),
         device=ours["device"] if ours["peak"] else f"{os.cpu_count()} CPU cores ({platform.machine()})",
         versions={**versions, "python": platform.python_version()},
-        command="python scripts/bench_step.py " + " ".join(argv),
+        command="python scripts/bench_step.py " + " ".join(a for a in argv if "--workdir" not in a),
         parameters=ours["parameters"],
         mesh=ours["mesh"],
         config=ours["config"],
@@ -262,14 +263,14 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
 
 def report(result: dict[str, Any]) -> str:
     """The table of a result, in Markdown."""
-    config, versions = result["config"], result["versions"]
+    config = result["config"]
+    libraries = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     m = config["model"]
     lines = [
         f"`{result['command']}`",
         "",
-        f"{result['date']}, {result['device']}, jax {versions['jax']}, torch {versions['torch']}, Python "
-        f"{versions['python']}. {result['parameters'] / 1e6:,.1f}M parameters (dim {m['dim']}, {m['layers']} layers, "
-        f"vocabulary {m['vocab_size']}), {config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
+        f"{result['date']}, {result['device']}, {libraries}. {result['parameters'] / 1e6:,.1f}M parameters (dim "
+        f"{m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), {config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
         f"{config['precision']['compute']}, remat {config['memory']['remat']}, {result['mesh']}.",
         "",
         "| | tokens/s | against eager | MFU, causal / square | peak memory, MB | first step, s: cold / cached |",

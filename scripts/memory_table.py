@@ -168,7 +168,7 @@ def peer(run: Runner) -> str:
 
     def sized(config: str, sequences: int, mesh: dict[str, int], remat: str = "full", **more: Any) -> dict:
         train = dict(batch_size=sequences, microbatches=more.pop("microbatches", 1))
-        precision = dict(grad_reduce=more.pop("grad_reduce", "bfloat16"))  # the peer's
+        precision = dict(grad_reduce="bfloat16")  # the peer's
         return case(config, mesh, train=train, memory=dict(remat=remat), precision=precision, **more)
 
     four = dict(model=dict(layers=4), data=dict(sequence_length=4096))
@@ -190,7 +190,7 @@ def peer(run: Runner) -> str:
         (
             "4 layers of Llama 2 7B, data 8, 4 microbatches",
             (20.2, "", "", 6_676),
-            sized("llama2_7b", 32, dict(data=8), microbatches=4, grad_reduce="float32", **four, **eight),
+            sized("llama2_7b", 32, dict(data=8), microbatches=4, **four, **eight),
         ),
     ]
     rows = []
@@ -228,8 +228,9 @@ Written on {date}, with jax {jax} and its CUDA compiler {plugin}, by
 
 for GPUs that were not there. Every figure is a **prediction of XLA's GPU compiler**, for a device and a step: peak =
 arguments + results - donated + temporary buffers. Not in it: NCCL's buffers and the CUDA context (1 to 2 GiB).
-Attention is the XLA path, which works on {queries} queries at a time and computes their scores again in the backward
-pass under every policy.
+Attention is cuDNN's, with packed documents, on the H100s; what its calls work in is not known without a GPU, and not in
+these figures. On the A40s it is XLA's, which computes the scores of {queries} queries at a time, and again in the
+backward pass.
 
 ## What `memory.remat` keeps: Llama 3 8B, 8 H100, fsdp=8, one sequence of 8192 a device
 
@@ -250,10 +251,9 @@ target (31 GB for 7.26B). The tensor-parallel run has a vocabulary of 50258, bec
 ## Against the best JAX peer
 
 MaxText 0.2.5's training step through the same compiler (jax 0.12.0.1, cuDNN attention, whose workspace is not in its
-peak, full remat, AdamW in float32), beside jaxpar with `memory.remat=full`
-and gradients reduced in bfloat16 as there (in the last case in float32). Bytes: results of all-gathers, inputs of
-reduce-scatters and all-reduces. The peer's sequences in the last case are not known: there jaxpar has one of 4096 a
-microbatch and device, so only the bytes compare.
+peak, full remat, AdamW in float32), beside jaxpar with `memory.remat=full` and gradients reduced in bfloat16 as there.
+Bytes: results of all-gathers, inputs of reduce-scatters and all-reduces. The peer's sequences in the last case are not
+known: there jaxpar has one of 4096 a microbatch and device, so only the bytes compare.
 
 {peer}
 """

@@ -24,12 +24,12 @@ PIPELINED = [f"xla_gpu_enable_pipelined_{kind}=true" for kind in ("all_gather", 
 COMBINE = [f"xla_gpu_{kind}_combine_threshold_bytes=536870912" for kind in ("all_gather", "reduce_scatter")]
 CASES: list[tuple[str, list[str], str]] = [
     ("XLA's own defaults", [], ""),
-    ("latency-hiding scheduler off", ["xla_gpu_enable_latency_hiding_scheduler=false"], "left alone"),
-    (f"`{PIPELINED[0]}`", PIPELINED[:1], "taken"),
-    ("`..._pipelined_all_gather`, `_reduce_scatter` and `_all_reduce`", PIPELINED, "taken"),
-    ("`xla_gpu_enable_while_loop_double_buffering=true`", ["xla_gpu_enable_while_loop_double_buffering=true"], "not"),
-    ("gathers and scatters combined up to 512 MiB", COMBINE, "not"),
-    ("`xla_gpu_enable_triton_gemm=false`", ["xla_gpu_enable_triton_gemm=false"], "left to the autotuner"),
+    ("latency-hiding scheduler off", ["xla_gpu_enable_latency_hiding_scheduler=false"], "yes: on"),
+    (f"`{PIPELINED[0]}`", PIPELINED[:1], "no: see below"),
+    ("`..._pipelined_all_gather`, `_reduce_scatter` and `_all_reduce`", PIPELINED, "no: see below"),
+    ("`xla_gpu_enable_while_loop_double_buffering=true`", ["xla_gpu_enable_while_loop_double_buffering=true"], "no"),
+    ("gathers and scatters combined up to 512 MiB", COMBINE, "no"),
+    ("`xla_gpu_enable_triton_gemm=false`", ["xla_gpu_enable_triton_gemm=false"], "no: the autotuner picks"),
 ]
 
 

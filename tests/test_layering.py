@@ -17,7 +17,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 LAYERS = """
     config cudnn hlo timetable tree
     plan sharding sources tokenizer validation xla
-    cli parallel shards optimizer metrics checkpoint
+    cli matmul parallel shards optimizer metrics checkpoint
     windows attention loss
     data model
     convert stages

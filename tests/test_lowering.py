@@ -39,9 +39,8 @@ def h100s():
 
 
 def make_config(
-    mesh: MeshConfig, *, microbatches=1, remat="none", offload="", precision=None, model=None, preset=False, **parallel
+    mesh: MeshConfig, *, microbatches=1, remat="none", offload="", precision=None, model=None, **parallel
 ) -> Config:
-    """Without `preset`, for pipelining takes turns out of the loops: that sends the same, but is hard to count."""
     config = resolve(
         configure(
             model={**MODEL, **(model or {})},
@@ -49,7 +48,6 @@ def make_config(
             data=dict(sequence_length=LENGTH),
             train=dict(batch_size=SEQUENCES * microbatches * mesh.batch_shards, microbatches=microbatches),
             memory=dict(remat=remat, offload=offload),
-            compile=dict(gpu_preset=preset),
             parallel=parallel,
         )
     )

@@ -36,9 +36,9 @@ def test_options_are_for_gpus(monkeypatch):
 
 
 def test_the_users_flags_win(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/x --xla_gpu_enable_pipelined_all_gather=false")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/x --xla_gpu_enable_latency_hiding_scheduler=false")
     options = xla.options(CompileConfig(), [Gpu()])
-    assert options.keys() == xla.GPU_OPTIONS.keys() - {"xla_gpu_enable_pipelined_all_gather"}
+    assert options.keys() == xla.GPU_OPTIONS.keys() - {"xla_gpu_enable_latency_hiding_scheduler"}
 
 
 @pytest.mark.parametrize(
