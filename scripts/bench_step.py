@@ -270,7 +270,8 @@ def report(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{result['date']}, {result['device']}, {libraries}. {result['parameters'] / 1e6:,.1f}M parameters (dim "
-        f"{m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), {config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
+        f"{m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), "
+        f"{config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
         f"{config['precision']['compute']}, remat {config['memory']['remat']}, {result['mesh']}.",
         "",
         "| | tokens/s | against eager | MFU, causal / square | peak memory, MB | first step, s: cold / cached |",
