@@ -87,7 +87,7 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
     dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
     every_token_axis = rules.spec("batch", "seq")
-    local = functools.partial(_local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules)
+    local = functools.partial(_local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules, shares=all_manual())
     sums, grads = jax.shard_map(
         local,
         in_specs=(residual, weight, every_token_axis),
@@ -98,8 +98,8 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     return LossSums(ce + z_loss * z, ce, z), grads
 
 
-def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, rules: Rules):
-    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks."""
+def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, rules: Rules, shares: bool):
+    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks; of x its share if `shares`."""
     dtype, shard_seq = x_bsD.dtype, "tensor" in rules.residual_seq
     x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
     shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
@@ -131,7 +131,7 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
     if shard_seq:
-        dx_bsD = vocabulary.scatter_tokens(dx_bSD)
-    else:  # in a pipeline it is this device's share, and the sum is taken where x was made
-        dx_bsD = dx_bSD if all_manual() else vocabulary.sum_tokens(dx_bSD)
-    return sums, (dx_bsD, dw_Dv.astype(dtype))
+        dx_bSD = vocabulary.scatter_tokens(dx_bSD)
+    elif not shares:  # in a pipeline the sum is taken where x was made
+        dx_bSD = vocabulary.sum_tokens(dx_bSD)
+    return sums, (dx_bSD, dw_Dv.astype(dtype))

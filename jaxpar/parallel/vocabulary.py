@@ -56,7 +56,7 @@ def _lookup_forward(table_VD, tokens_BS, rules):
 def _lookup_backward(rules, residuals, dx_BSD):
     tokens_BS, table_VD = residuals
     island = _manual(
-        functools.partial(_lookup_gradient, rows=_local_rows(table_VD, rules), rules=rules),
+        functools.partial(_lookup_gradient, rows=_local_rows(table_VD, rules), rules=rules, shares=all_manual()),
         in_specs=(rules.spec("batch", "residual_seq", "embed"), rules.spec("batch", "seq")),
         out_specs=rules.spec("vocab", "embed", unreduced=deferred(table_VD)),
     )
@@ -66,11 +66,11 @@ def _lookup_backward(rules, residuals, dx_BSD):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, rows: int, rules: Rules) -> jax.Array:
+def _lookup_gradient(dx_bsD: jax.Array, tokens_bs: jax.Array, *, rows: int, rules: Rules, shares: bool) -> jax.Array:
     dx_bSD = _sum_stages(dx_bsD, rules)
     if _shards_sequence(rules):
         dx_bSD = gather_tokens(dx_bSD)
-    elif all_manual():
+    elif shares:
         dx_bSD = sum_tokens(dx_bSD)
     here_bs, row_bs = _held_here(tokens_bs, rows, rules.vocab)
     # A zero of its own, made late: else XLA shares one with the gradient of the head, for the whole backward pass.
