@@ -150,7 +150,8 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and their `total`.
 
     Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data` too, and replicated
-    over the other axes; norm scales and Adafactor's row and column statistics are replicated. Gradients are those that
+    over the other axes; norm scales and Adafactor's row and column statistics are replicated. Stages of a pipeline
+    share all but the last norm and those statistics. Gradients are those that
     are added up over microbatches, in `precision.grad_reduce`. Step counters of a few bytes and weights that are
     gathered once a step are left out.
     """
@@ -160,6 +161,8 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     parameters = optimizer = gradients = 0
     for name, shape in parameter_shapes(config.model).items():
         split, gradient_split = (stored_shards, gradient_shards) if _is_matrix(name) else (1, 1)
+        stages = 1 if name == "norm.scale" else mesh.pipeline
+        split, gradient_split = split * stages, gradient_split * stages
         parameters += item * math.prod(shape) // split
         gradients += sum_item * math.prod(shape) // gradient_split
         sharded, replicated = _optimizer_elements(config.optimizer.name, name, shape)

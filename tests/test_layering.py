@@ -15,12 +15,13 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 
 # A module may import those above its line, not those beside it.
 LAYERS = """
-    config cudnn hlo tree
+    config cudnn hlo timetable tree
     plan sharding sources tokenizer validation xla
     cli matmul parallel shards optimizer metrics checkpoint
     windows attention loss
     data model
-    convert step
+    convert stages
+    step
     compile
     explain generate prepare train verify
     __main__
@@ -32,10 +33,11 @@ ONLY = {
     "config": set(),
     "cudnn": set(),
     "hlo": set(),
+    "timetable": set(),
     "tree": set(),
     "plan": {"config"},
     "validation": {"config"},
-    "parallel": {"sharding"},
+    "parallel": {"sharding", "timetable"},
     "metrics": {"config", "plan"},
 }
 
@@ -56,10 +58,10 @@ COLLECTIVES = {
     "unreduced_reduce_scatter",
 }
 
-NO_JAX = ("config", "validation", "plan", "cli", "__init__", "__main__")
+NO_JAX = ("config", "timetable", "validation", "plan", "cli", "__init__", "__main__")
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 68
+OPTIONS = 70
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 LONGEST = 500
