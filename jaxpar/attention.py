@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxpar import cudnn
 from jaxpar.config import Config, ConfigError
 from jaxpar.parallel import context, tiles
-from jaxpar.sharding import Rules
+from jaxpar.sharding import Rules, all_manual
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
 
@@ -83,12 +83,13 @@ def attend(
     """
     cached = q_BSHK.shape[1] != k_BTGK.shape[1]
     assert options.context == "all_gather" or not cached, "a cache is read with all_gather"
-    local = jax.typeof(q_BSHK).sharding.shard_shape(q_BSHK.shape)
+    local = q_BSHK.shape if all_manual() else jax.typeof(q_BSHK).sharding.shard_shape(q_BSHK.shape)
     kernel = None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
     island = jax.shard_map(
         functools.partial(_LOCAL[options.context], kernel),
         in_specs=_in_specs(rules),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
+        check_vma=not all_manual(),  # a region around it that does not check cannot be checked in here
     )
     return island(q_BSHK, k_BTGK, v_BTGK, queries, keys)
 

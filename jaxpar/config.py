@@ -181,13 +181,17 @@ class ParallelConfig:
     """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over `tensor` along the
     sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`,
     in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
-    over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work."""
+    over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work.
+    `schedule`: the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round its stages
+    (interleaved 1F1B)."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"
     optimizer_sharding: str = "none"
     context: str = "all_gather"
     zigzag: bool = False
+    schedule: str = "1f1b"
+    chunks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpar.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
-from jaxpar.sharding import Rules
+from jaxpar.sharding import Rules, all_manual
 
 # B batch, S sequence, D model dim, V vocabulary, N tokens of one device, C tokens of one chunk.
 
@@ -56,8 +56,8 @@ def cross_entropy(
       `LossSums`; only `objective` has a gradient.
 
     Communication: w over fsdp (all-gather); x over tensor if the residual lies there (all-gather); two all-reduces
-    over tensor a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without sequence
-    parallelism all-reduce); dw over fsdp (reduce-scatter), otherwise it stays a partial sum over the tokens.
+    over the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
+    sequence parallelism all-reduce); dw over fsdp (reduce-scatter), otherwise it stays a partial sum over the tokens.
     """
     head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
     return _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
@@ -87,9 +87,7 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
     dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
     every_token_axis = rules.spec("batch", "seq")
-    local = functools.partial(
-        _local, chunk=chunk, z_loss=z_loss, gradients=gradients, shard_seq="tensor" in rules.residual_seq
-    )
+    local = functools.partial(_local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules, shares=all_manual())
     sums, grads = jax.shard_map(
         local,
         in_specs=(residual, weight, every_token_axis),
@@ -100,9 +98,9 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     return LossSums(ce + z_loss * z, ce, z), grads
 
 
-def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, shard_seq: bool):
-    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks."""
-    dtype = x_bsD.dtype
+def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, rules: Rules, shares: bool):
+    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks; of x its share if `shares`."""
+    dtype, shard_seq = x_bsD.dtype, "tensor" in rules.residual_seq
     x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
     shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
     pad = -targets_bs.size % size
@@ -113,7 +111,7 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
         ce, z, dw_Dv = carry
         x_cD, target_c = scanned
         logits_cv = jnp.dot(x_cD, w_Dv, preferred_element_type=jnp.float32)
-        lse_c, target_logit_c, hit_cv = vocabulary.log_partition(logits_cv, target_c)
+        lse_c, target_logit_c, hit_cv = vocabulary.log_partition(logits_cv, target_c, rules.vocab)
         valid_c = (target_c >= 0).astype(jnp.float32)
         ce += jnp.sum(valid_c * (lse_c - target_logit_c))
         z += jnp.sum(valid_c * lse_c**2)
@@ -132,5 +130,8 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
     if dx_CcD is None:
         return sums, None
     dx_bSD = dx_CcD.reshape(-1, dim)[: targets_bs.size].reshape(shape)
-    dx_bsD = vocabulary.scatter_tokens(dx_bSD) if shard_seq else vocabulary.sum_tokens(dx_bSD)
-    return sums, (dx_bsD, dw_Dv.astype(dtype))
+    if shard_seq:
+        dx_bSD = vocabulary.scatter_tokens(dx_bSD)
+    elif not shares:  # in a pipeline the sum is taken where x was made
+        dx_bSD = vocabulary.sum_tokens(dx_bSD)
+    return sums, (dx_bSD, dw_Dv.astype(dtype))

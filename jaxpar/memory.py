@@ -128,12 +128,13 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     gathered once a step are left out.
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
-    split_always = mesh.tensor * mesh.pipeline
-    stored_shards = split_always * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
-    gradient_shards = split_always * (1 if gathers_once(config, mesh) else mesh.fsdp)
+    stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    gradient_shards = mesh.tensor * (1 if gathers_once(config, mesh) else mesh.fsdp)
     parameters = optimizer = gradients = 0
     for name, shape in parameter_shapes(config.model).items():
         split, gradient_split = (stored_shards, gradient_shards) if is_matrix(name) else (1, 1)
+        stages = 1 if name == "norm.scale" else mesh.pipeline
+        split, gradient_split = split * stages, gradient_split * stages
         parameters += item * math.prod(shape) // split
         gradients += sum_item * math.prod(shape) // gradient_split
         sharded, replicated = _optimizer_elements(config.optimizer.name, name, shape)

@@ -21,7 +21,8 @@ from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
 from jaxpar.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
-from jaxpar.sharding import Rules
+from jaxpar.parallel.context import all_gather_tokens
+from jaxpar.sharding import Rules, all_manual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,23 @@ class Layout:
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
+        if all_manual():
+            return vocabulary.gather_tokens(x_BSD) if self.shards_sequence else x_BSD
         return reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
 
     def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed once."""
+        if all_manual():
+            partial = einsum(subscripts, x, weight)
+            return vocabulary.scatter_tokens(partial) if self.shards_sequence else vocabulary.sum_tokens(partial)
         partial = einsum(
             subscripts, x, weight, out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"})
         )
         return reshard(partial, self.residual)
+
+    @property
+    def shards_sequence(self) -> bool:
+        return "tensor" in self.rules.residual_seq
 
     @property
     def residual(self) -> jax.sharding.PartitionSpec:
@@ -195,23 +205,33 @@ class Llama(nnx.Module):
         """
         if cache is not None:
             cache = cache.extend_info(queries)
-        keys = queries if cache is None else cache.info
-        whole = self.layout.rules.spec("batch", None)
-        angles = rope_angles(queries.positions, self.config)
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        context = Context(queries, TokenInfo(*(reshard(x, whole) for x in keys)), angles, start)
+        context = self.context(queries, cache)
 
         def step(x_BSD: jax.Array, scanned: tuple) -> tuple[jax.Array, "KVCache | None"]:
             layer, kv = scanned
             return layer(x_BSD, context, kv)
 
-        x_BSD = vocabulary.lookup(self.layout.weight(self.embedding), tokens_BS, self.layout.rules)
+        x_BSD = self.embed(tokens_BS)
         policy = remat_policy(self.memory)
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
         x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv), unroll=self.unroll)
         if cache is not None:
             cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
         return self.norm(x_BSD), cache
+
+    def embed(self, tokens_BS: jax.Array) -> jax.Array:
+        """The residual that enters the first layer."""
+        return vocabulary.lookup(self.layout.weight(self.embedding), tokens_BS, self.layout.rules)
+
+    def context(self, queries: TokenInfo, cache: "Cache | None" = None) -> "Context":
+        """What all layers share; `cache` holds the info of all keys already."""
+        keys = queries if cache is None else cache.info
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        if all_manual():
+            keys = TokenInfo(*map(all_gather_tokens, keys))
+        else:
+            keys = TokenInfo(*(reshard(x, self.layout.rules.spec("batch", None)) for x in keys))
+        return Context(queries, keys, rope_angles(queries.positions, self.config), start)
 
     def head_weight(self) -> jax.Array:
         """[D, V], as it is stored or entered."""

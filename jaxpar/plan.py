@@ -57,6 +57,11 @@ class Candidate:
         flags += [f"--config.parallel.gather={config.parallel.gather}"] if self.mesh.fsdp > 1 else []
         if self.mesh.data > 1:
             flags.append(f"--config.parallel.optimizer_sharding={config.parallel.optimizer_sharding}")
+        if self.mesh.pipeline > 1:
+            flags += [
+                f"--config.parallel.schedule={config.parallel.schedule}",
+                f"--config.parallel.chunks={self.chunks}",
+            ]
         return " ".join(flags)
 
 
@@ -144,6 +149,9 @@ def choices(config: Config, mesh: MeshConfig) -> Iterator[tuple[Config, int]]:
                 parallel = dataclasses.replace(config.parallel, gather=gather, optimizer_sharding=zero)
                 choice = dataclasses.replace(config, train=train, parallel=parallel)
                 for chunks in chunked:
+                    if mesh.pipeline > 1:
+                        parallel = dataclasses.replace(parallel, schedule="1f1b", chunks=chunks)
+                        choice = dataclasses.replace(choice, parallel=parallel)
                     yield choice, chunks
 
 

@@ -43,9 +43,12 @@ class Rules:
 
     @classmethod
     def make(cls, parallel: ParallelConfig) -> "Rules":
-        """The table for a run: without sequence parallelism the residual is replicated over `tensor`; with ZeRO-1
-        what is stored is sharded over `data` too."""
+        """The table for a run on the current mesh: without sequence parallelism the residual is replicated over
+        `tensor`; with ZeRO-1 what is stored is sharded over `data` too; stages share layers and vocabulary."""
+        staged = ("pipeline",) if jax.sharding.get_abstract_mesh().shape.get("pipeline", 1) > 1 else ()
         return cls(
+            layers=staged,
+            vocab=(*staged, "tensor"),
             residual_seq=("sequence", "tensor") if parallel.sequence_parallel else ("sequence",),
             embed_fsdp=("fsdp", "data") if parallel.optimizer_sharding == "data" else ("fsdp",),
         )
@@ -89,6 +92,11 @@ class Rules:
         if manual:
             return jax.P(*entries)
         return jax.P(*entries, reduced=frozenset(reduced), unreduced=frozenset(unreduced))
+
+
+def all_manual() -> bool:
+    """Whether this is called inside a full-manual region (that of the pipeline), on local blocks of arrays."""
+    return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxpar import loss
+from jaxpar import loss, stages
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.model import Llama
@@ -55,7 +55,7 @@ def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
 
 def init_state(config: Config) -> TrainState:
     """The state before the first step: a function of `config` alone, whatever the mesh. Run it under `jax.jit`."""
-    model: Any = Llama(config, nnx.Rngs(params=config.train.seed))
+    model: Any = stages.to_stages(Llama(config, nnx.Rngs(params=config.train.seed)), config)
     zero = jnp.zeros((), jnp.int32)
     scale = jnp.float32(config.precision.loss_scale or 1)
     optimizer_state = to_host(make_optimizer(config).init(model), config)
@@ -84,18 +84,26 @@ def loss_and_gradients(
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
     scale = 1.0 if loss_scale is None else loss_scale
     entered = enter(model, config)
-
-    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
-        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, valid / scale, config)
-        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
-
-    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, model.layout.sum_dtype), entered))
-    (sums, gradients), _ = jax.lax.scan(add_microbatch, start, batch)
+    if stages.stages() > 1:
+        sums, gradients = stages.loss_and_gradients(entered, batch, config, scale / valid)
+    else:
+        sums, gradients = _accumulate(entered, batch, valid / scale, config)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     if loss_scale is not None:
         gradients = jax.tree.map(lambda g: (g / loss_scale).astype(g.dtype), gradients)
     return loss.LossSums(*(part / valid for part in sums)), gradients
+
+
+def _accumulate(entered: Llama, batch: Batch, divisor: jax.Array, config: Config) -> tuple[loss.LossSums, Any]:
+    """Sums of a batch, and the gradient of its objective over `divisor`, one microbatch after the other."""
+
+    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
+        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, divisor, config)
+        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
+
+    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, entered.layout.sum_dtype), entered))
+    return jax.lax.scan(add_microbatch, start, batch)[0]
 
 
 def enter(model: Llama, config: Config) -> Any:
@@ -141,7 +149,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "learning_rate": rate(state.step - state.skipped),
             "valid_tokens": loss.count_valid(batch.targets),
             "skipped": skipped,
-            "gradient_norms": norms,
+            "gradient_norms": stages.to_network(norms, config),
         } | ({"loss_scale": state.loss_scale} if scaled else {})
         return TrainState(
             state.step + 1, skipped, loss_scale, since_scaled, model, to_host(optimizer_state, config)
@@ -172,6 +180,8 @@ def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, 
 
     def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         entered = enter(model, config)
+        if stages.stages() > 1:
+            return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(batch.targets)
 
         def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
             _, sums = objective(entered, microbatch, jnp.ones(()), config)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import cli, counts, data, memory, xla
+from jaxpar import cli, counts, data, memory, stages, xla
 from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, other_data, restore_run
 from jaxpar.compile import abstract_state, check_attention, check_host_memory, check_offload, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
@@ -28,6 +28,8 @@ from jaxpar.metrics import Metrics, write_config
 from jaxpar.remedy import out_of_memory
 from jaxpar.sharding import axes_across_hosts
 from jaxpar.step import TrainState, batch_spec, init_state, make_eval_step
+from jaxpar.timetable import describe as describe_timetable
+from jaxpar.timetable import timetable
 
 
 class NonFinite(RuntimeError):
@@ -111,6 +113,10 @@ def describe(config: Config, mesh: Mesh, corpus: data.Data) -> str:
         f"batch     {counts.describe_batch(config, sizes)}",
         f"data      {corpus}",
     ]
+    if sizes.pipeline > 1:
+        parallel = config.parallel
+        table = timetable(parallel.schedule, sizes.pipeline, config.train.microbatches, parallel.chunks)
+        lines.insert(3, f"pipeline  {parallel.schedule}, {describe_timetable(table)}")
     if corpus.unigram_entropy is not None:
         lines.append(
             f"baseline  unigram entropy {corpus.unigram_entropy:.4f} nats a token: a loss that knows no context"
@@ -161,6 +167,7 @@ def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
     if found is None:
         return jax.jit(lambda: init_state(config))(), 0
     state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
+    state = stages.to_stages(state, config)
     if differences := other_data(found, config):  # of another run: `check_resume` has seen to that
         if jax.process_index() == 0:
             print(
@@ -249,7 +256,9 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
                         saving |= config.checkpoint.keep_best > 0 and eval_loss < best
                         best = min(best, eval_loss)
                 if saving:
+                    state = stages.to_network(state, config)  # what a checkpoint knows; no copy is made
                     checkpointer.save(step, state, data={"samples": (step + offset) * batch_size}, metrics=scores)
+                    state = stages.to_stages(state, config)
             if signal_number:
                 checkpointer.wait()
                 metrics.line(f"stopped by signal {signal_number} after step {step}, saved; the same command continues")

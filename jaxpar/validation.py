@@ -33,6 +33,7 @@ CHOICES = {
     "precision.grad_reduce": ("float32", "bfloat16"),
     "parallel.gather": ("per_layer", "per_step"),
     "parallel.optimizer_sharding": ("none", "data"),
+    "parallel.schedule": ("gpipe", "1f1b"),
     "parallel.context": ("all_gather", "ring", "ulysses"),
     "attention.implementation": ("auto", "cudnn", "xla"),
     "data.shard_dtype": ("auto", "uint16", "uint32"),
@@ -43,7 +44,7 @@ _POSITIVE = (
     "model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor "
     "model.rope_scaling.original_sequence_length model.norm_eps model.init_std data.sequence_length data.prefetch "
     "train.steps train.batch_size train.microbatches train.max_nonfinite_steps optimizer.learning_rate optimizer.eps "
-    "precision.loss_scale_growth_steps loss.chunk compile.unroll checkpoint.keep log.every"
+    "precision.loss_scale_growth_steps parallel.chunks loss.chunk compile.unroll checkpoint.keep log.every"
 ).split()
 
 _NOT_NEGATIVE = (
@@ -235,10 +236,7 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
     """
     model, tensor, fsdp = config.model, mesh.tensor, mesh.fsdp
     if mesh.pipeline > 1:
-        raise ConfigError(
-            f"mesh.pipeline={mesh.pipeline}: pipeline parallelism is not built yet; use mesh.pipeline=1 and "
-            "mesh.fsdp or mesh.tensor instead"
-        )
+        _validate_pipeline(config, mesh, training=training)
     sharded = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_dim", "vocab_size")}
     for name, size in sharded.items():
         if size % tensor:
@@ -276,6 +274,54 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
             f"(sequences a device x microbatches x data x fsdp x expert); use train.batch_size in "
             f"{_nearest_multiples(train.batch_size, whole)}, or data x fsdp x expert in "
             f"{_nearest_divisors(per_microbatch, mesh.batch_shards)}"
+        )
+
+
+def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> None:
+    """Layers must divide into stages and chunks, the vocabulary into stages x tensor, and chunks want microbatches that
+    are a multiple of the stages."""
+    model, stages, chunks = config.model, mesh.pipeline, config.parallel.chunks
+    M = config.train.microbatches
+    if not training:
+        raise ConfigError(
+            f"mesh.pipeline={stages}: tokens are generated one by one, which leaves all stages but one idle; use "
+            f"mesh.pipeline=1 with mesh.tensor or mesh.fsdp (the checkpoint of a pipeline restores onto any mesh)"
+        )
+    if model.layers % (stages * chunks):
+        by = f"mesh.pipeline x parallel.chunks = {stages * chunks}" if chunks > 1 else f"mesh.pipeline={stages}"
+        remedies = []
+        if model.layers % chunks == 0 and model.layers > chunks:
+            remedies.append(f"mesh.pipeline in {_nearest_divisors(model.layers // chunks, stages)}")
+        if chunks > 1 and model.layers % stages == 0:
+            remedies.append(f"parallel.chunks in {_nearest_divisors(model.layers // stages, chunks)}")
+        remedies.append(f"model.layers in {_nearest_multiples(model.layers, stages * chunks)}")
+        raise ConfigError(
+            f"model.layers={model.layers} is not divisible by {by}: every stage takes as many layers; use "
+            + ", or ".join(remedies)
+        )
+    parts = stages * mesh.tensor
+    if model.vocab_size % parts:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is not divisible by mesh.pipeline x mesh.tensor = {parts}, over "
+            f"which embedding and head are spread; use mesh.pipeline in "
+            f"{_nearest_divisors(model.vocab_size, stages)}, or model.vocab_size in "
+            f"{_nearest_multiples(model.vocab_size, parts)}"
+        )
+    if chunks > 1 and config.parallel.schedule == "gpipe":
+        raise ConfigError(
+            f"parallel.chunks={chunks} needs parallel.schedule=1f1b, which interleaves them; use it, or "
+            "parallel.chunks=1 with gpipe"
+        )
+    if chunks > 1 and M % stages:
+        raise ConfigError(
+            f"train.microbatches={M} is not divisible by mesh.pipeline={stages}, which parallel.chunks={chunks} needs "
+            f"(a chunk takes as many microbatches as there are stages before the next one's turn); use "
+            f"train.microbatches in {_nearest_multiples(M, stages)}, or parallel.chunks=1"
+        )
+    if config.memory.offload:
+        raise ConfigError(
+            f"memory.offload={config.memory.offload} is not built for a pipeline (mesh.pipeline={stages}), whose "
+            "stages keep only their inputs; leave it out and save memory by memory.remat"
         )
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxpar import cli, data
+from jaxpar import cli, data, stages
 from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
 from jaxpar.sharding import make_mesh
 from jaxpar.step import batch_spec, init_state, loss_and_gradients
@@ -64,7 +64,8 @@ def run_batch(config: Config, mesh: Mesh, batch: data.Batch) -> Result:
         sharding = NamedSharding(mesh, batch_spec(config))
         placed = data.global_batch(parts, sharding, zigzag=config.parallel.zigzag)
         losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(model, placed)
-        leaves = {name: np.asarray(g, np.float64) for name, g in named_leaves(gradients).items()}
+        gradients = named_leaves(stages.to_network(gradients, config))
+        leaves = {name: np.asarray(g, np.float64) for name, g in gradients.items()}
     norm = float(np.sqrt(sum(np.sum(g**2) for g in leaves.values())))
     return Result(float(losses.objective), norm, leaves)
 
@@ -73,7 +74,7 @@ def initial_parameters(config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
     """The freshly initialised parameters by name, on the host."""
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        return {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
+        return {name: np.asarray(leaf) for name, leaf in named_leaves(stages.to_network(model, config)).items()}
 
 
 def relative_error(value: Any, reference: Any) -> float:

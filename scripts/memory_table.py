@@ -173,6 +173,11 @@ def peer(run: Runner) -> str:
         ("Llama 3 70B, fsdp 64", (37.1, 265_128, 134_568, ""), sized("llama3_70b", 64, dict(fsdp=64), **hosts)),
         ("Llama 2 7B, fsdp 8, 2 x 4096", (19.3, 25_205, 12_853, ""), sized("llama2_7b", 16, dict(fsdp=8), **eight)),
         (
+            "Llama 2 7B, pipeline 4 x fsdp 2, 2 x 4096, 8 microbatches",
+            (18.9, 51_976, 26_113, ""),
+            sized("llama2_7b", 16, dict(pipeline=4, fsdp=2), microbatches=8, parallel=dict(gather="per_step"), **eight),
+        ),
+        (
             "4 layers of Llama 2 7B, data 8, 4 microbatches",
             (20.2, "", "", 6_676),
             sized("llama2_7b", 32, dict(data=8), microbatches=4, **four, **eight),

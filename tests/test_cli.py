@@ -88,7 +88,7 @@ def has(message: str, *words: str) -> None:
         (("--mesh.tensro=2",), ("'tensro'", "Did you mean tensor?")),
         (("--mesh.fsdp=two",), ("--mesh.fsdp=two", "int")),
         (("--mesh.=2",), ("mesh axis", "fsdp")),
-        ((EIGHT, "--mesh.pipeline=2"), ("mesh.pipeline=2", "not built yet", "mesh.pipeline=1")),
+        ((EIGHT, "--mesh.pipeline=2"), ("model.layers=1", "mesh.pipeline=2", "model.layers in {2}")),
         (("--cpu_devices=0",), ("--cpu_devices=0", "at least 1")),
         (("--cpu_devices=-1",), ("--cpu_devices=-1", "at least 1")),
         (("--cpu_devices=many",), ("--cpu_devices=many", "int")),

@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from test_parity import MODEL, check, make_config, text  # noqa: F401 (a fixture)
 
-from jaxpar import verify
 from jaxpar.attention import Options, TokenInfo, attend, sees
-from jaxpar.config import BATCH_AXES, MeshConfig
+from jaxpar.config import MeshConfig
 from jaxpar.data import Batch, zigzag_tokens
 from jaxpar.sharding import Rules, make_mesh
 
@@ -124,26 +123,6 @@ def test_bfloat16_rounds_no_more_than_all_gather(kind):
         mine = gradients(kind, *random_inputs(mesh, jnp.bfloat16))
     for e, p, m in zip(exact, plain, mine, strict=True):
         assert np.linalg.norm(m - e) < 1.5 * np.linalg.norm(p - e) < 0.02 * np.linalg.norm(e)
-
-
-@pytest.mark.parametrize("kind", ["all_gather", "ring", "ulysses"])
-def test_inside_a_manual_region(kind):
-    """As in a pipeline, which makes its own axis and those of the batch manual."""
-    mesh = make_mesh(MeshConfig(data=2, sequence=2, tensor=2))
-    with jax.set_mesh(mesh):
-        heads, queries, keys = random_inputs(mesh, jnp.float32)
-        expected = gradients("all_gather", heads, queries, keys)
-
-        def local(q, k, v, queries, keys, cotangent):
-            out, transpose = jax.vjp(lambda *heads: attend(*heads, queries, keys, Rules(), Options(kind)), q, k, v)
-            return transpose(jnp.cos(out) + cotangent)
-
-        manual = set(BATCH_AXES) | {"pipeline"}
-        whole = (jax.P(BATCH_AXES),)
-        region = jax.shard_map(local, in_specs=whole * 6, out_specs=whole * 3, axis_names=manual, check_vma=False)
-        found = jax.jit(region)(*heads, queries, keys, jnp.zeros_like(heads[0]))
-    for e, f in zip(expected, found, strict=True):
-        assert verify.relative_error(np.asarray(f, np.float64), e) < 1e-5
 
 
 @pytest.mark.parametrize("c", [2, 3, 8])

@@ -250,7 +250,7 @@ def test_draws_are_of_each_row():
         (("--mesh.sequence=2",), ("mesh.sequence=2", "use 1")),
         (("--mesh.sequence=8",), ("mesh.sequence=8", "use 1")),
         (("--mesh.tensor=8",), ("model.heads=4 is not divisible by mesh.tensor=8", "{1, 2}")),
-        (("--mesh.pipeline=2",), ("mesh.pipeline=2", "not built yet")),
+        (("--mesh.pipeline=2",), ("mesh.pipeline=2", "one by one", "mesh.tensor")),
         (("--mesh.data=4",), ("data=4", "8 devices")),
     ],
 )

@@ -15,7 +15,7 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 
 # A module may import those above its line, not those beside it.
 LAYERS = """
-    config cudnn hlo tree
+    config cudnn hlo timetable tree
     counts hardware show sources tokenizer validation xla
     apart memory sharding traffic
     cli matmul page parallel shards optimizer metrics checkpoint timing
@@ -23,7 +23,8 @@ LAYERS = """
     remedy
     windows attention loss
     data model
-    convert step
+    convert stages
+    step
     compile
     account
     explain generate prepare train verify
@@ -36,6 +37,7 @@ ONLY = {
     "config": set(),
     "cudnn": set(),
     "hlo": set(),
+    "timetable": set(),
     "tree": set(),
     "counts": {"config"},
     "hardware": {"config"},
@@ -46,7 +48,7 @@ ONLY = {
     "timing": {"config", "counts", "hardware", "traffic"},
     "show": {"tree"},
     "page": {"memory"},
-    "parallel": {"sharding"},
+    "parallel": {"sharding", "timetable"},
     "metrics": {"config", "counts", "hardware"},
 }
 
@@ -69,11 +71,11 @@ COLLECTIVES = {
 
 NO_JAX = (
     *("config", "validation", "counts", "hardware", "memory", "traffic", "timing", "apart", "page", "plan", "remedy"),
-    *("explain", "cli", "__init__", "__main__"),
+    *("explain", "timetable", "cli", "__init__", "__main__"),
 )
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 68
+OPTIONS = 70
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 LONGEST = 500

@@ -125,6 +125,37 @@ def scatter(gradient: jax.Array, weight: jax.Array, sum_dtype: jnp.dtype) -> jax
     return reshard(gradient.astype(sum_dtype), scattered).astype(weight.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_block(weight: jax.Array, dim: int, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Array:
+    """`gather` inside a full-manual region, where types do not say which dimension `fsdp` shards: it is `dim`."""
+    return jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=dim, tiled=True)
+
+
+def _gather_block_forward(weight, dim, dtype, sum_dtype):
+    return gather_block(weight, dim, dtype, sum_dtype), jnp.zeros((), weight.dtype)
+
+
+def _gather_block_backward(dim, dtype, sum_dtype, like, gradient):
+    del dtype
+    scattered = jax.lax.psum_scatter(gradient.astype(sum_dtype), "fsdp", scatter_dimension=dim, tiled=True)
+    return (scattered.astype(like.dtype),)
+
+
+gather_block.defvjp(_gather_block_forward, _gather_block_backward)
+
+
+def fsdp_dim(weight: jax.Array) -> int | None:
+    """The dimension of an entered weight that is still sharded over `fsdp`, for `gather_block`."""
+    entries = jax.typeof(weight).sharding.spec.partitions
+    return next((dim for dim, entry in enumerate(entries) if "fsdp" in _names(entry)), None)
+
+
+def open_spec(weight: jax.Array) -> PartitionSpec:
+    """The type of a gradient of an entered weight that is a partial sum over every axis that does not shard it."""
+    entries = jax.typeof(weight).sharding.spec.partitions
+    return PartitionSpec(*entries, unreduced=set(jax.sharding.get_abstract_mesh().axis_names) - _axes(entries))
+
+
 Entry = str | tuple[str, ...] | None
 
 

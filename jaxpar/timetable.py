@@ -1,0 +1,239 @@
+"""The timetable of a pipeline: which stage works on what at which tick, as data; and its picture.
+
+  python -m jaxpar.timetable --stages=4 --microbatches=8 --chunks=2 [--schedule=1f1b] [--output=timetable.svg]
+
+Notation: p stages, M microbatches, v chunks a stage. With v > 1 the layers go round the stages v times (Narayanan et
+al., 2021): virtual stage c p + s is chunk c of stage s. A tick is a forward pass of a chunk, a backward pass, or both,
+on all stages alike, so no device waits in a collective that another never enters.
+
+    1f1b   forward of the u-th piece of work of stage s at tick u + s; its backward passes begin at tick v p - 1, on the
+           last stage. Ticks of forward alone, of both, and of backward alone follow one another.
+    gpipe  all forward passes, then all backward passes in the opposite order (Huang et al., 2019); v is 1.
+
+In either case v M + p - 1 ticks have a forward and as many a backward pass: time (M + (p - 1) / v) (F + B), with F and
+B the times of a whole stage; the bubble, the share in which a stage has nothing to do, is (p - 1) / (v M + p - 1).
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+SCHEDULES = ("gpipe", "1f1b")
+
+
+class Work(NamedTuple):
+    """One chunk of one stage, forward or backward, on one microbatch. `slot` is the place in the stage's stash where
+    the input waits between the two."""
+
+    chunk: int
+    microbatch: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    """What every stage does in one tick, one entry a stage, None where it has nothing to do. A tick with no forward
+    work at all does not compute any forward pass, on no stage; so with backward."""
+
+    forward: tuple[Work | None, ...]
+    backward: tuple[Work | None, ...]
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it has forward and backward passes."""
+        return any(self.forward), any(self.backward)
+
+    def entering(self) -> int:
+        """The microbatch that the first stage begins, or -1."""
+        return _microbatch(self.forward[0], 0)
+
+    def due(self, chunks: int) -> int:
+        """The microbatch whose loss the last stage needs, or -1."""
+        return _microbatch(self.forward[-1], chunks - 1)
+
+    def leaving(self) -> int:
+        """The microbatch whose gradient reaches the embedding, or -1."""
+        return _microbatch(self.backward[0], 0)
+
+
+def _microbatch(work: Work | None, chunk: int) -> int:
+    return work.microbatch if work and work.chunk == chunk else -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Timetable:
+    """All ticks of a step. `slots` is the size of the stash: the most inputs that a stage holds at a time."""
+
+    stages: int
+    microbatches: int
+    chunks: int
+    ticks: tuple[Tick, ...]
+    slots: int
+
+    @property
+    def bubble(self) -> float:
+        """The share of the time in which a stage has nothing to do."""
+        return (self.stages - 1) / (self.chunks * self.microbatches + self.stages - 1)
+
+    @property
+    def phases(self) -> list[tuple[Tick, ...]]:
+        """Consecutive ticks of one kind."""
+        phases: list[list[Tick]] = []
+        for tick in self.ticks:
+            if not phases or phases[-1][0].kind != tick.kind:
+                phases.append([])
+            phases[-1].append(tick)
+        return [tuple(phase) for phase in phases]
+
+
+def timetable(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> Timetable:
+    """The timetable of `1f1b` or `gpipe`.
+
+    Raises:
+      ValueError: an unknown schedule, gpipe with chunks, or chunks with microbatches that stages do not divide.
+    """
+    p, M, v = stages, microbatches, chunks
+    if schedule not in SCHEDULES or min(p, M, v) < 1:
+        raise ValueError(f"schedule={schedule!r}, stages={p}, microbatches={M}, chunks={v}: not one of {SCHEDULES}")
+    if v > 1 and (M % p or schedule == "gpipe"):
+        raise ValueError(f"chunks={v} needs 1f1b, and microbatches={M} to be a multiple of stages={p}")
+    order = [(u % (v * p) // p, u // (v * p) * p + u % p) for u in range(v * M)]  # (chunk, microbatch), v > 1
+    if v == 1:
+        order = [(0, m) for m in range(M)]
+    n = v * M + p - 1
+    starts = [{u + s: piece for u, piece in enumerate(order)} for s in range(p)]
+    if schedule == "gpipe":
+        ends = [{2 * n - 1 - t: piece for t, piece in start.items()} for start in starts]
+    else:
+        mirrored = [(v - 1 - c, m) for c, m in order]
+        ends = [{v * p - 1 + p - 1 - s + u: piece for u, piece in enumerate(mirrored)} for s in range(p)]
+    forward, backward, slots = zip(*(_with_slots(*pair) for pair in zip(starts, ends, strict=True)), strict=True)
+    length = 1 + max(max(end) for end in ends)
+    ticks = (Tick(tuple(f.get(t) for f in forward), tuple(b.get(t) for b in backward)) for t in range(length))
+    return Timetable(p, M, v, tuple(ticks), max(slots))
+
+
+def forward_only(timetable: Timetable) -> Timetable:
+    """The same without backward passes, for evaluation."""
+    none = (None,) * timetable.stages
+    ticks = tuple(Tick(tick.forward, none) for tick in timetable.ticks if any(tick.forward))
+    return dataclasses.replace(timetable, ticks=ticks, slots=1)
+
+
+def _with_slots(
+    starts: dict[int, tuple[int, int]], ends: dict[int, tuple[int, int]]
+) -> tuple[dict[int, Work], dict[int, Work], int]:
+    """Gives every input of one stage the lowest free place of its stash, from its forward to its backward pass."""
+    free: list[int] = []
+    slots, held = 0, {}
+    forward, backward = {}, {}
+    for tick in range(1 + max(ends)):
+        if piece := starts.get(tick):
+            if not free:
+                free.append(slots)
+                slots += 1
+            held[piece] = min(free)
+            free.remove(held[piece])
+            forward[tick] = Work(*piece, held[piece])
+        if piece := ends.get(tick):
+            backward[tick] = Work(*piece, held[piece])
+            free.append(held.pop(piece))
+    return forward, backward, slots
+
+
+def stack_order(layers: int, stages: int, chunks: int) -> list[int]:
+    """The layer of the network that stands at each place of the stack as the devices hold it.
+
+    A stage holds one contiguous part of the stack, so with chunks that is [stage, chunk, layer], where the network,
+    and a checkpoint, has [chunk, stage, layer].
+    """
+    each = layers // (stages * chunks)
+    return [(c * stages + s) * each + i for s in range(stages) for c in range(chunks) for i in range(each)]
+
+
+def describe(timetable: Timetable) -> str:
+    """One line for people."""
+    p, M, v = timetable.stages, timetable.microbatches, timetable.chunks
+    chunks = f" x {v} chunks" if v > 1 else ""
+    return (
+        f"{p} stages{chunks}, {M} microbatches: {len(timetable.ticks)} ticks, at most {timetable.slots} stage inputs "
+        f"held, bubble (p - 1) / (v M + p - 1) = {timetable.bubble:.1%}"
+    )
+
+
+# The picture.
+
+_FORWARD, _BACKWARD = ("#c6dbef", "#6baed6", "#2171b5", "#08306b"), ("#fdd0a2", "#fd8d3c", "#d94801", "#7f2704")
+
+
+def svg(timetable: Timetable, title: str = "") -> str:
+    """A Gantt chart: one row a stage, time to the right, forward passes blue and backward passes, twice as long,
+    orange; darker in later chunks. The number is the microbatch."""
+    unit, height, left, top = 16, 26, 62, 46
+    parts, x = [], left
+    for tick in timetable.ticks:
+        for works, width, colours in ((tick.forward, 1, _FORWARD), (tick.backward, 2, _BACKWARD)):
+            if not any(works):
+                continue
+            for stage, work in enumerate(works):
+                if work:
+                    parts.append(_box(x, top + stage * height, width * unit, height, work, colours))
+            x += width * unit
+    bottom = top + timetable.stages * height
+    labels = [
+        _text(left - 8, top + (stage + 0.65) * height, f"stage {stage}", "end") for stage in range(timetable.stages)
+    ]
+    head = [
+        _text(left, 16, title or "pipeline", "start", weight="bold"),
+        _text(left, 34, describe(timetable), "start"),
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(x + 12, 640)}" height="{bottom + 12}" '
+            'font-family="sans-serif" font-size="11">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            f'<rect x="{left}" y="{top}" width="{x - left}" height="{bottom - top}" fill="#eeeeee"/>',
+            *head,
+            *labels,
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def _box(x: int, y: int, width: int, height: int, work: Work, colours: tuple[str, ...]) -> str:
+    shade = min(work.chunk, len(colours) - 1)
+    ink = "white" if shade > 1 else "black"
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{colours[shade]}" stroke="white"/>' + _text(
+        x + width / 2, y + 0.65 * height, str(work.microbatch), "middle", ink=ink, size=9
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, *, ink: str = "black", size: int = 11, weight="normal") -> str:
+    return (
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{ink}" font-size="{size}" font-weight="{weight}">'
+        f"{text}</text>"
+    )
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    summary, _, _ = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary)
+    for name, default in (("stages", 4), ("microbatches", 8), ("chunks", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b")
+    parser.add_argument("--output", type=Path, default=Path("timetable.svg"))
+    options = parser.parse_args(None if argv is None else list(argv))
+    try:
+        table = timetable(options.schedule, options.stages, options.microbatches, options.chunks)
+    except ValueError as error:
+        parser.error(str(error))
+    options.output.write_text(svg(table, options.schedule))
+    print(describe(table))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
