@@ -82,7 +82,7 @@ def rank(
     found, refusal = [], None
     for mesh in meshes(devices, fixed or {}):
         try:
-            validate_mesh(config, mesh, training=False)
+            validate_mesh(config, dataclasses.replace(mesh, pipeline=1), training=False)
         except ConfigError as error:
             refusal = error
             continue

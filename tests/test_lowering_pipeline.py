@@ -5,12 +5,11 @@ As in `test_lowering`: bytes of one device and one step. `A` is the residual of 
 
 import functools
 import math
-from pathlib import Path
 
 import pytest
 from test_lowering import BF16, F32, LENGTH, MODEL, SEQUENCES, SMALL, make_config, weights
 
-from jaxpar import memory
+from jaxpar import hardware, memory
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import Config, MeshConfig
 from jaxpar.hlo import Collective, collectives, shapes
@@ -26,7 +25,7 @@ MESHES = [STAGES, pytest.param(FIVE, marks=pytest.mark.slow)]
 
 @functools.cache
 def h100s():
-    return absent_gpus((Path(__file__).parents[1] / "scripts" / "gpus" / "h100.txtpb").read_text(), "8x1x8")
+    return absent_gpus(hardware.find("h100").target, "8x1x8")
 
 
 def pipeline_config(sizes: MeshConfig, *, microbatches=16, gather="per_step", **groups) -> Config:
