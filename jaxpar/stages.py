@@ -82,7 +82,7 @@ def _in_region(
 ) -> tuple[loss.LossSums, Any]:
     """Runs `run(program, table, layers, ends, batch)` on the local blocks of weights and batch."""
     leaves, structure = jax.tree.flatten(entered)
-    split = _Split(list(named_leaves(entered)))
+    split = Split(list(named_leaves(entered)))
     rules = entered.layout.rules
     token, stacked = rules.spec("batch", "seq"), rules.spec("microbatch", "batch", "seq")
     open_specs = [reduce.open_spec(w) for w in leaves]
@@ -143,7 +143,7 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-class _Split:
+class Split:
     """Takes the leaves of a model apart, into those of the layers and the others, and puts them together."""
 
     def __init__(self, names: list[str]):
@@ -159,7 +159,7 @@ class _Split:
 
 
 def make_program(
-    model: Llama, structure: Any, split: _Split, dims: list[int | None], config: Config, scale: jax.Array
+    model: Llama, structure: Any, split: Split, dims: list[int | None], config: Config, scale: jax.Array
 ) -> pipeline.Program:
     """The model as functions of local blocks.
 

@@ -14,7 +14,7 @@ from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer, schedule, to_device, to_host
-from jaxpar.parallel import reduce
+from jaxpar.parallel import layers, reduce
 from jaxpar.sharding import Rules
 from jaxpar.tree import named_leaves
 
@@ -62,14 +62,14 @@ def init_state(config: Config) -> TrainState:
     return TrainState(zero, zero, scale, zero, model, optimizer_state)
 
 
-def objective(model: Llama, batch: Batch, valid: jax.Array, config: Config) -> tuple[jax.Array, loss.LossSums]:
-    """The share of one microbatch [B, S] in the mean loss over `valid` tokens, and its sums."""
+def objective(model: Llama, batch: Batch, config: Config, scale: jax.Array) -> tuple[jax.Array, loss.LossSums]:
+    """`scale` times the objective of one microbatch [B, S], and its sums."""
     x_BSD, _ = model(batch.tokens, TokenInfo(batch.positions, batch.segments))
     layout, train = model.layout, config.train
     sums = loss.cross_entropy(
         x_BSD, model.head_weight(), batch.targets, layout.rules, config.loss.chunk, train.z_loss, layout.sum_dtype
     )
-    return sums.objective / valid, sums
+    return sums.objective * scale, sums
 
 
 def loss_and_gradients(
@@ -84,26 +84,45 @@ def loss_and_gradients(
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
     scale = 1.0 if loss_scale is None else loss_scale
     entered = enter(model, config)
-    if stages.stages() > 1:
-        sums, gradients = stages.loss_and_gradients(entered, batch, config, scale / valid)
-    else:
-        sums, gradients = _accumulate(entered, batch, valid / scale, config)
+    run = stages.loss_and_gradients if stages.stages() > 1 else _accumulate
+    sums, gradients = run(entered, batch, config, scale / valid)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     if loss_scale is not None:
         gradients = jax.tree.map(lambda g: (g / loss_scale).astype(g.dtype), gradients)
     return loss.LossSums(*(part / valid for part in sums)), gradients
 
 
-def _accumulate(entered: Llama, batch: Batch, divisor: jax.Array, config: Config) -> tuple[loss.LossSums, Any]:
-    """Sums of a batch, and the gradient of its objective over `divisor`, one microbatch after the other."""
+def _accumulate(entered: Llama, batch: Batch, config: Config, scale: jax.Array) -> tuple[loss.LossSums, Any]:
+    """Sums of a batch, and the gradient of `scale` times its objective, one microbatch after the other.
 
-    def add_microbatch(carry: tuple[loss.LossSums, Any], microbatch: Batch) -> tuple[Any, None]:
-        gradients, sums = jax.grad(objective, has_aux=True)(entered, microbatch, divisor, config)
-        return jax.tree.map(lambda total, more: total + more.astype(total.dtype), carry, (sums, gradients)), None
+    Gradients of layers are added where they arise: those of one microbatch are never there all at once.
+    """
+    if batch.tokens.shape[0] == 1:  # nothing to add to, and so no totals to read
+        gradients, sums = jax.grad(objective, has_aux=True)(entered, layers.at(batch, 0), config, scale)
+        return sums, jax.tree.map(lambda g: g.astype(entered.layout.sum_dtype), gradients)
+    leaves, structure = jax.tree.flatten(entered)
+    split = stages.Split(list(named_leaves(entered)))
+    program = stages.make_program(entered, structure, split, [None] * len(leaves), config, scale)
+    weights, ends = split.apart(leaves)
+
+    def add_microbatch(carry: tuple[loss.LossSums, Any, Any], microbatch: Batch) -> tuple[Any, None]:
+        sums, dlayers, dends = carry
+        x_BSD, pull_enter = jax.vjp(lambda ends: program.enter(ends, microbatch), ends)
+        context, depth = program.context(microbatch), config.model.layers
+        x_BSD, pull_layers = layers.vjp(program.layer, weights, x_BSD, context, depth=depth, unroll=program.unroll)
+        objective, pull_finish, more = jax.vjp(
+            lambda ends, x: program.finish(ends, x, microbatch), ends, x_BSD, has_aux=True
+        )
+        dfinish, dx_BSD = pull_finish(jnp.ones_like(objective))
+        dlayers, dx_BSD = pull_layers(dlayers, dx_BSD)
+        (denter,) = pull_enter(dx_BSD)
+        dends = layers.add(dends, jax.tree.map(jnp.add, dfinish, denter))
+        return (layers.add(sums, more), dlayers, dends), None
 
     zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    start = (zero, jax.tree.map(lambda w: reduce.zero_gradient(w, entered.layout.sum_dtype), entered))
-    return jax.lax.scan(add_microbatch, start, batch)[0]
+    zeros = split.apart([reduce.zero_gradient(w, entered.layout.sum_dtype) for w in leaves])
+    sums, *gradients = jax.lax.scan(add_microbatch, (zero, *zeros), batch)[0]
+    return sums, jax.tree.unflatten(structure, split.join(*gradients))
 
 
 def enter(model: Llama, config: Config) -> Any:
@@ -184,7 +203,7 @@ def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, 
             return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(batch.targets)
 
         def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
-            _, sums = objective(entered, microbatch, jnp.ones(()), config)
+            _, sums = objective(entered, microbatch, config, jnp.ones(()))
             return total + sums.cross_entropy, None
 
         total, _ = jax.lax.scan(add_microbatch, jnp.zeros((), jnp.float32), batch)

@@ -232,14 +232,22 @@ def test_donation_is_complete(sizes, devices):
 
 
 @pytest.mark.parametrize(
-    ("remat", "kept"),
-    [("full", "D"), ("attention", "DDGGHH"), ("dots", "DDFFGGHH"), ("none", "DDDDFFGGHH"), ("gate,key", "DFG")],
+    ("remat", "kept", "microbatches"),
+    [
+        ("full", "D", 1),
+        ("attention", "DDGGHH", 1),
+        ("dots", "DDFFGGHH", 1),
+        ("none", "DDDDFFGGHH", 1),
+        ("gate,key", "DFG", 1),
+        ("attention", "DDGGHH", 2),
+        ("none", "DDDDFFGGHH", 2),
+    ],
 )
-def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
+def test_remat_decides_what_the_layer_loop_stacks(remat, kept, microbatches):
     """`full`: the residual alone. `attention`: besides it, q and attention, k, v, and what attention adds to the
     residual. `dots`: gate and up too. `none`: two norms too. A list: its names, and the residual."""
     sizes = MeshConfig(fsdp=8)
-    config = make_config(sizes, remat=remat)
+    config = make_config(sizes, remat=remat, microbatches=microbatches)
     compiled, _ = compile_step(config, sizes, "gpu")
     model, L = config.model, config.model.layers
     names = {(model.dim,): "D", (model.ffn_dim,): "F", (model.kv_heads, 32): "G", (model.heads, 32): "H"}
@@ -250,10 +258,31 @@ def test_remat_decides_what_the_layer_loop_stacks(remat, kept):
     assert "".join(sorted(names[shape] for shape in stacked)) == kept
 
 
-@pytest.mark.parametrize("sizes", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
-def test_offload_leaves_the_device(sizes):
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(data=8), pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("remat", ["full", pytest.param("none", marks=pytest.mark.slow)])
+def test_gradients_of_a_microbatch_are_added_in_place(sizes, remat):
+    """With microbatches a device holds one stack of the layers' gradients, as without, and no other."""
+    model = dict(layers=16, vocab_size=2048)
+    configs = [make_config(sizes, microbatches=m, remat=remat, model=model) for m in (1, 4)]
+    one, four = (compile_step(config, sizes, "gpu")[0].memory_analysis().temp_size_in_bytes for config in configs)
+    layers, ends = (F32 * elements // (sizes.fsdp * sizes.tensor) for elements in weights(configs[0]))
+    assert one > layers and four - one < ends + layers / 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "microbatches"),
+    [
+        (MeshConfig(fsdp=8), 1),
+        (MeshConfig(fsdp=2, sequence=2, tensor=2), 1),
+        (MeshConfig(fsdp=8), 2),
+    ],
+    ids=str,
+)
+def test_offload_leaves_the_device(sizes, microbatches):
     """Activations, and the optimizer state with its copy in the results, are in host memory to the byte."""
-    config = make_config(sizes, remat="full", offload=",".join((*ACTIVATIONS, "optimizer")))
+    config = make_config(sizes, remat="full", offload=",".join((*ACTIVATIONS, "optimizer")), microbatches=microbatches)
     compiled, _ = compile_step(config, sizes, "gpu")
     check_offload(compiled, config, sizes)
     stats, state = compiled.memory_analysis(), memory.state_bytes(config, sizes)

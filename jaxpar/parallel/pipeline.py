@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpar.parallel.layers import Layer, add, at, vjp
 from jaxpar.timetable import Tick, Timetable, Work
 
 AXIS = "pipeline"
@@ -40,8 +41,7 @@ class Program(NamedTuple):
     """(ends, microbatch) -> x of the first stage. May communicate over `pipeline`."""
     context: Callable[[Any], Any]
     """microbatch -> what all layers share."""
-    layer: Callable[[Any, jax.Array, Any], jax.Array]
-    """(weights of one layer, x, context) -> y. Its residuals are what remat keeps of a layer."""
+    layer: Layer
     finish: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
     """(ends, y of the last stage, microbatch) -> this device's share of the objective, and sums to report. May
     communicate over `pipeline`, which shares the work."""
@@ -96,16 +96,16 @@ def forward(program: Program, timetable: Timetable, layers: Any, ends: Any, batc
     all-reduce of y where a loss is due.
     """
     stage, last = jax.lax.axis_index(AXIS), timetable.stages - 1
-    shape = jax.eval_shape(program.enter, ends, _at(batch, 0))
+    shape = jax.eval_shape(program.enter, ends, at(batch, 0))
 
     def tick(x: jax.Array, now: _Now, phase: _Now) -> tuple[jax.Array, Any]:
         mine = _mine(now.forward, stage)
         x = _begin(program, ends, batch, x, now, phase, mine)
-        y = _run(program, layers, timetable, x, mine.chunk, program.context(_at(batch, mine.microbatch)))
+        y = _run(program, layers, timetable, x, mine.chunk, program.context(at(batch, mine.microbatch)))
 
         def loss() -> Any:
             y_last = jax.lax.psum(jnp.where(stage == last, y, 0), AXIS)
-            return program.finish(ends, y_last, _at(batch, jnp.maximum(now.due, 0)))
+            return program.finish(ends, y_last, at(batch, jnp.maximum(now.due, 0)))
 
         result = _when(phase.due, now.due, loss)
         return jax.lax.optimization_barrier((y, jax.tree.map(lambda r: jnp.where(now.due >= 0, r, 0), result)))
@@ -154,21 +154,21 @@ def loss_and_gradients(
     where a loss is due one all-reduce of y and one of dy.
     """
     stage, last, v = jax.lax.axis_index(AXIS), timetable.stages - 1, timetable.chunks
-    shape = jax.eval_shape(program.enter, ends, _at(batch, 0))
+    shape = jax.eval_shape(program.enter, ends, at(batch, 0))
     x = jnp.zeros(shape.shape, shape.dtype)
 
     def loss(c: _Carry, y: jax.Array, now: _Now) -> tuple[_Carry, jax.Array]:
-        microbatch = _at(batch, jnp.maximum(now.due, 0))
+        microbatch = at(batch, jnp.maximum(now.due, 0))
         y_last = jax.lax.psum(jnp.where(stage == last, y, 0), AXIS)
         objective, pull, sums = jax.vjp(lambda e, y: program.finish(e, y, microbatch), ends, y_last, has_aux=True)
         dends, dy = pull(jnp.where(now.due >= 0, 1, 0).astype(objective.dtype))
         sums = jax.tree.map(lambda total, s: total + jnp.where(now.due >= 0, s, 0), c.sums, (objective, sums))
-        return c._replace(sums=sums, dends=_add(c.dends, dends)), jax.lax.psum(dy, AXIS)
+        return c._replace(sums=sums, dends=add(c.dends, dends)), jax.lax.psum(dy, AXIS)
 
     def leave(dends: Any, dx: jax.Array, now: _Now) -> Any:
-        microbatch = _at(batch, jnp.maximum(now.leaving, 0))
+        microbatch = at(batch, jnp.maximum(now.leaving, 0))
         (more,) = jax.vjp(lambda e: program.enter(e, microbatch), ends)[1](dx)
-        return _add(dends, more)
+        return add(dends, more)
 
     def tick(c: _Carry, now: _Now, phase: _Now) -> tuple[_Carry, None]:
         forwards, backwards = phase.forward.any(), phase.backward.any()
@@ -178,14 +178,14 @@ def loss_and_gradients(
             x = _begin(program, ends, batch, c.x, now, phase, mine)
             kept = jnp.where(mine.active, x, c.stash[mine.slot])
             c = c._replace(stash=c.stash.at[mine.slot].set(kept))
-            y = _run(program, layers, timetable, x, mine.chunk, program.context(_at(batch, mine.microbatch)))
+            y = _run(program, layers, timetable, x, mine.chunk, program.context(at(batch, mine.microbatch)))
             c, dy_last = _when(phase.due, now.due, lambda: loss(c, y, now), (c, c.dy))
         if backwards:
             mine = _mine(now.backward, stage)
             dy = jnp.where((stage == last) & (mine.chunk == v - 1), dy_last, c.dy)
             dy = jnp.where(mine.active, dy, 0)  # so every gradient is 0 where there is no work
             mine = jax.tree.map(lambda n: _after(n, dy_last), mine) if forwards else mine
-            context = program.context(_at(batch, mine.microbatch))
+            context = program.context(at(batch, mine.microbatch))
             x = c.stash[mine.slot]
             dlayers, dx = _run_backward(program, layers, c.dlayers, timetable, x, dy, mine.chunk, context)
             first = jnp.where((stage == 0) & (mine.chunk == 0), dx, 0)
@@ -197,7 +197,7 @@ def loss_and_gradients(
             c = c._replace(x=_shift(y, timetable.stages, +1))
         return c, None
 
-    sums = jax.eval_shape(program.finish, ends, x, _at(batch, 0))
+    sums = jax.eval_shape(program.finish, ends, x, at(batch, 0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
     dlayers, dends = jax.tree.map(lambda w: jnp.zeros(w.shape, sum_dtype), (layers, ends))
     carry = _Carry(x, x, jnp.zeros((timetable.slots, *x.shape), x.dtype), zeros, dlayers, dends)
@@ -239,7 +239,7 @@ def _begin(
 ) -> jax.Array:
     """The input of a chunk: what the stage before sent, or on the first stage a new microbatch."""
     x = _when(
-        phase.entering, now.entering, lambda: program.enter(ends, _at(batch, jnp.maximum(now.entering, 0))), arrived
+        phase.entering, now.entering, lambda: program.enter(ends, at(batch, jnp.maximum(now.entering, 0))), arrived
     )
     return jnp.where((jax.lax.axis_index(AXIS) == 0) & (mine.chunk == 0), x, arrived)
 
@@ -254,7 +254,7 @@ def _run(
         )[0]
     depth = _depth(layers) // timetable.chunks
     return jax.lax.scan(
-        lambda x, i: (program.layer(_at(layers, chunk * depth + i), x, context), None),
+        lambda x, i: (program.layer(at(layers, chunk * depth + i), x, context), None),
         x,
         jnp.arange(depth),
         unroll=program.unroll,
@@ -271,40 +271,10 @@ def _run_backward(
     chunk: jax.Array,
     context: Any,
 ) -> tuple[Any, jax.Array]:
-    """Adds the gradient of one chunk to `dlayers`, in place, and returns it with dx.
-
-    Spelt out, because jax's transpose of a scan makes the gradient of the whole chunk first, another copy of it.
-    """
+    """Adds the gradient of one chunk to `dlayers`, in place, and returns it with dx."""
     depth = _depth(layers) // timetable.chunks
-    shared: list[Any] = []  # how to take a layer's residuals apart, the same for every layer
-
-    def keep(x: jax.Array, i: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        weights = _at(layers, chunk * depth + i)
-        y, pull = jax.vjp(lambda w, x: program.layer(w, x, context), weights, x)
-        residuals, structure = jax.tree.flatten(pull)
-        # Weights and what all layers share are here anyway: only the rest has to be kept for each layer.
-        here = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((weights, context)))}
-        shared[:] = structure, [here.get(id(leaf)) for leaf in residuals]
-        return y, [leaf for leaf in residuals if id(leaf) not in here]
-
-    _, kept_l = jax.lax.scan(keep, x, jnp.arange(depth), unroll=program.unroll)
-
-    def step(carry: tuple[jax.Array, Any], scanned: tuple) -> tuple[tuple, None]:
-        dy, dlayers = carry
-        i, kept = scanned
-        structure, places = shared
-        leaves, rest = jax.tree.leaves((_at(layers, chunk * depth + i), context)), iter(kept)
-        pull = jax.tree.unflatten(structure, [next(rest) if n is None else leaves[n] for n in places])
-        dweights, dx = pull(dy)
-        dlayers = jax.tree.map(
-            lambda total, d: total.at[chunk * depth + i].add(d.astype(total.dtype)), dlayers, dweights
-        )
-        return (dx, dlayers), None
-
-    (dx, dlayers), _ = jax.lax.scan(
-        step, (dy, dlayers), (jnp.arange(depth), kept_l), reverse=True, unroll=program.unroll
-    )
-    return dlayers, dx
+    _, pull = vjp(program.layer, layers, x, context, first=chunk * depth, depth=depth, unroll=program.unroll)
+    return pull(dlayers, dy)
 
 
 def _after(x: jax.Array, awaited: jax.Array) -> jax.Array:
@@ -344,14 +314,6 @@ def _mine(work: jax.Array, stage: jax.Array) -> _Mine:
 def _shift(x: jax.Array, stages: int, by: int) -> jax.Array:
     """Sends x to the next stage, or the one before; the last and the first are neighbours."""
     return jax.lax.ppermute(x, AXIS, [(s, (s + by) % stages) for s in range(stages)])
-
-
-def _at(tree_n: Any, i: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree_n)
-
-
-def _add(total: Any, more: Any) -> Any:
-    return jax.tree.map(lambda t, m: t + m.astype(t.dtype), total, more)
 
 
 def _depth(layers: Any) -> int:
