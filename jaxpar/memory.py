@@ -9,10 +9,10 @@ from jaxpar.counts import ITEMSIZE, Shape, is_matrix, matrix_sizes, parameter_sh
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Bytes of a device when it holds the most. `gradients`: sums, and those of one microbatch; `activations`: kept for
-    the backward pass; `vocabulary`: chunk of logits, head and embedding as gathered, and their gradients; `weights`: as
-    gathered; `stash`: inputs of pipeline stages that wait for their backward pass; `working`: what the layer at work
-    needs."""
+    """Bytes of a device when it holds the most. `gradients`: sums, and of entered weights those that are cast to them;
+    `activations`: kept for the backward pass; `vocabulary`: chunk of logits, head and embedding as gathered, and their
+    gradients; `weights`: as gathered; `stash`: inputs of pipeline stages that wait for their backward pass; `working`:
+    what the layer at work needs."""
 
     parameters: int
     optimizer: int
@@ -76,10 +76,8 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
 
     gradients, activations = state["gradients"], L * sum(sizes[name] for name in config.memory.kept)
-    if entered:
-        gradients += entered  # of a microbatch, in the dtype of the entered weights
-    elif train.microbatches > 1:
-        gradients *= 2  # what was added up, and what is being added
+    if entered and (train.microbatches == 1 or mesh.pipeline > 1):
+        gradients += entered  # in the dtype of the entered weights, before they are cast; microbatches add in place
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,

@@ -239,7 +239,7 @@ def test_donation_is_complete(sizes, devices):
         ("dots", "DDFFGGHH", 1),
         ("none", "DDDDFFGGHH", 1),
         ("gate,key", "DFG", 1),
-        ("attention", "DDGGHH", 2),
+        pytest.param("attention", "DDGGHH", 2, marks=pytest.mark.slow),
         ("none", "DDDDFFGGHH", 2),
     ],
 )

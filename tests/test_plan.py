@@ -68,13 +68,12 @@ def test_tensor_stays_inside_a_host():
     assert seconds(free, fsdp=8, tensor=8) < seconds(free, fsdp=4, tensor=16) < seconds(free, fsdp=2, tensor=32)
 
 
-def test_twenty_bytes_a_parameter_for_mixed_precision_adam():
-    """In float32 weights, two moments, gradient sums and the gradient of a microbatch, where nothing is sharded and the
-    batch is next to nothing."""
+def test_sixteen_bytes_a_parameter_for_mixed_precision_adam():
+    """In float32 weights, two moments and gradient sums, where nothing is sharded and the batch is next to nothing."""
     run = config("llama2_7b", train=dict(batch_size=2, microbatches=2), data=dict(sequence_length=128))
     count = parameter_count(run.model)
     assert state_bytes(run, MeshConfig())["total"] == pytest.approx(16 * count, rel=0.001)
-    assert peak_memory(run, MeshConfig()).total == pytest.approx(20 * count, rel=0.02)
+    assert peak_memory(run, MeshConfig()).total == pytest.approx(16 * count, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)])
@@ -106,7 +105,7 @@ def test_reasons():
     ranked = plan.best_of_each_mesh(plan.rank(config("llama3_70b"), H100, 64))
     told = {c.mesh: plan.reason(c, ranked[0], H100) for c in ranked}
     assert "of the step is computation" in told[ranked[0].mesh]
-    assert "over the network" in told[MeshConfig(data=8, tensor=8)] or "needs" in told[MeshConfig(data=8, tensor=8)]
+    assert "waits for tensor=8" in told[MeshConfig(data=8, tensor=8)]
     rejected = next(c for c in ranked if not c.fits)
     assert told[rejected.mesh].startswith(f"needs {plan.gib(rejected.peak.total)} of 77.1 GiB: ")
     assert all(text and "\n" not in text for text in told.values())
