@@ -183,7 +183,7 @@ class ParallelConfig:
     in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
     over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work.
     `schedule`: the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round its stages
-    (interleaved 1F1B)."""
+    (interleaved 1F1B); without a pipeline neither changes anything."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"

@@ -108,7 +108,8 @@ def to_stages(tree: Any, config: Config) -> Any:
     """Puts stacked layers into the order in which the stages of the current mesh hold them.
 
     With `parallel.chunks` the layers of a stage do not follow one another, so state, optimizer state and gradients on
-    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name.
+    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name,
+    and by their length from those statistics of adafactor that are sums over layers (`validation` keeps them apart).
     Used where a state is made, saved or restored; see `pipeline.reorder`.
     """
     return _reorder(tree, config, to_stages=True)
@@ -138,7 +139,6 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
         stacked = "layers." in name and x.shape[:1] == (layers,)
         return move(x) if stacked else x
 
-    assert config.model.dim != layers, "statistics of that length could be of layers or not"
     leaves = [leaf(name, x) for name, x in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 

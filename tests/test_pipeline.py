@@ -40,7 +40,7 @@ def pipeline_config(path, *, layers=4, microbatches=4, chunks=1, model=None, tra
     return make_config(
         path,
         microbatches=microbatches,
-        model=dict(test_parity.MODEL, init_std=0.1, layers=layers, **(model or {})),
+        model={**test_parity.MODEL, "init_std": 0.1, "layers": layers, **(model or {})},
         train=dict(batch_size=batch, microbatches=microbatches, **(train or {})),
         parallel=parallel,
         **groups,
@@ -205,6 +205,29 @@ def test_a_pipeline_of_chunks_resumes_without_and_back(text, tmp_path):  # noqa:
         assert leaf.tobytes() == found[name].tobytes(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "model"),
+    [("adafactor", dict(layers=32)), ("muon", dict(layers=8)), ("adamw", dict(layers=8, dim=8, heads=2, kv_heads=2))],
+    ids=["adafactor", "muon", "as many layers as dim"],
+)
+def test_state_of_any_optimizer_has_the_order_of_the_network(text, optimizer, model):  # noqa: F811
+    """Adafactor also keeps sums over rows and columns, of which those of the norms are one number a layer."""
+    config = pipeline_config(text, chunks=2, optimizer=dict(name=optimizer, warmup_steps=0), model=model)
+    found = []
+    for sizes in (MeshConfig(), MeshConfig(pipeline=2, fsdp=2)):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.devices])
+        validate_mesh(config, sizes)
+        with jax.set_mesh(mesh):
+            state, _ = command.start_state(config, None)
+            batch = data.Batch(*(x.reshape(4, 4, -1) for x in first_batch(verify.reference_config(config))))
+            state, _ = jax.jit(make_train_step(config))(state, place(batch, config, mesh))
+            found.append({n: np.asarray(x) for n, x in named_leaves(stages.to_network(state, config)).items()})
+    assert found[0].keys() == found[1].keys()
+    for name, leaf in found[0].items():
+        assert verify.relative_error(found[1][name], leaf) < 1e-3, name
+
+
 def test_training_goes_on_from_a_pipeline_on_other_meshes(tmp_path, capsys):
     """The losses of the command are those of an unbroken run without a pipeline, and it tells its bubble."""
     (tmp_path / "text.txt").write_text("".join(f"{n} and {n} make {2 * n}.\n<|endoftext|>\n" for n in range(600)))
@@ -283,7 +306,9 @@ def test_ticks_of_forward_alone_cost_no_backward(text, chunks, remat):  # noqa: 
     again = scores // 2 if remat == "none" else F - 2 * tokens * m.dim * m.ffn_dim * depth
     B = F + 2 * F + again
     phases = [len(phase) for phase in stages.timetable("1f1b", p, M, chunks).phases]
-    assert loops == list(zip(phases, (F, F + head + B, B), strict=True))
+    # XLA of jax 0.12 computes the scores of a layer that it computes again a second time for their gradient
+    twice = scores // 2 if remat == "full" else 0
+    assert loops in [list(zip(phases, (F, F + head + b, b), strict=True)) for b in (B, B + twice)]
 
 
 @pytest.mark.slow
@@ -329,6 +354,16 @@ def test_collectives_keep_their_order(text, schedule):  # noqa: F811
         (dict(parallel=dict(chunks=0)), dict(), ("parallel.chunks=0", "at least 1")),
         (dict(parallel=dict(schedule="1f2b")), dict(), ("'1f2b'", "gpipe, 1f1b", "Did you mean 1f1b?")),
         (dict(memory=dict(offload="residual")), dict(pipeline=2), ("memory.offload=residual", "mesh.pipeline=2")),
+        (
+            dict(
+                model=dict(layers=256, dim=256),
+                parallel=dict(chunks=2),
+                optimizer=dict(name="adafactor"),
+                train=dict(microbatches=2, batch_size=8),
+            ),
+            dict(pipeline=2),
+            ("model.layers=256", "model.dim=256", "adafactor", "parallel.chunks=1", "model.dim above 256"),
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(groups, sizes, words):
