@@ -54,7 +54,7 @@ _WORKING = 1.4  # all activations of a layer, times: most of them and the gradie
 _LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
-def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
+def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     """Predicted peak of one training step on a device, without the CUDA context and NCCL's buffers.
 
     The largest of three moments: the loss, the layers' backward pass, and the gradient of the embedding.
@@ -62,36 +62,30 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     Args:
       config: the run.
       mesh: sizes of the axes.
-      chunks: parts of the model that each pipeline stage holds.
     """
     state, train, model = state_bytes(config, mesh), config.train, config.model
-    sizes = activation_bytes(config, mesh)
+    sizes, chunks = activation_bytes(config, mesh), config.parallel.chunks if mesh.pipeline > 1 else 1
     compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
     tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
-    L = model.layers // (mesh.pipeline * chunks)
     layers = sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers.")) // shards
     layer, ends = layers // (model.layers // mesh.pipeline), model.vocab_size * model.dim // shards
-    gathered_once = gathers_once(config, mesh) and mesh.fsdp > 1
+    gathered_once = config.parallel.gather == "per_step" and mesh.fsdp > 1
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
     entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
-
-    gradients, activations = state["gradients"], L * sum(sizes[name] for name in config.memory.kept)
-    if entered:
-        gradients += entered  # of a microbatch, in the dtype of the entered weights
-    elif train.microbatches > 1:
-        gradients *= 2  # what was added up, and what is being added
+    gradients = _gradients(config, mesh, state["gradients"], entered)
+    activations = model.layers // (mesh.pipeline * chunks) * sum(sizes[name] for name in config.memory.kept)
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
         activations=activations,
-        vocabulary=0,
+        vocabulary=compute * ends if mesh.pipeline > 1 else 0,  # the head's gradient waits to be added
         weights=entered + int(in_layer * compute * layer),
         working=int(_WORKING * sum(sizes.values())),
     )
-    residual = compute * tokens * model.dim
+    residual, in_flight = compute * tokens * model.dim, mesh.pipeline == 1
     loss = dict(
         gradients=gradients if train.microbatches > 1 else 0,
-        activations=activations,
+        activations=activations if in_flight else 0,
         vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards + (compute + 4) * ends,
         weights=entered,
         working=3 * residual,
@@ -101,22 +95,31 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     return Peak(
         parameters=state["parameters"],
         optimizer=0 if config.memory.offload_optimizer else state["optimizer"],
-        stash=_stash(mesh.pipeline, chunks, train.microbatches) * sizes["residual"],
+        stash=_stash(config, mesh) * sizes["residual"],
         batch=16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence),
         **{"activations": 0} | worst,
     )
 
 
-def _stash(stages: int, chunks: int, microbatches: int) -> int:
+def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
+    """Bytes of gradients in the backward pass, where they are added up over microbatches into `sums` bytes: the sums,
+    and those of one microbatch, in the dtype of the weights it uses. A pipeline adds to the sums in place; what jax makes
+    of GPipe does not."""
+    if mesh.pipeline > 1:
+        return sums * (3 if config.parallel.schedule == "gpipe" else 1)
+    if entered:
+        return sums + entered
+    return sums * (2 if config.train.microbatches > 1 else 1)
+
+
+def _stash(config: Config, mesh: MeshConfig) -> int:
     """Inputs of stages that wait for their backward pass; a stage's activations live only during it."""
-    if stages == 1:
+    p, M, v = mesh.pipeline, config.train.microbatches, config.parallel.chunks
+    if p == 1:
         return 0
-    return min(2 * stages - 1 if chunks == 1 else 2 * chunks * stages, microbatches * chunks)
-
-
-def gathers_once(config: Config, mesh: MeshConfig) -> bool:
-    """Whether weights are gathered over `fsdp` once a step: as asked, and always in a pipeline."""
-    return config.parallel.gather == "per_step" or mesh.pipeline > 1
+    if config.parallel.schedule == "gpipe":
+        return M + p - 1
+    return min(2 * p - 1 if v == 1 else 2 * v * p, M * v)
 
 
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
@@ -129,7 +132,7 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
     stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
-    gradient_shards = mesh.tensor * (1 if gathers_once(config, mesh) else mesh.fsdp)
+    gradient_shards = mesh.tensor * (1 if config.parallel.gather == "per_step" else mesh.fsdp)
     parameters = optimizer = gradients = 0
     for name, shape in parameter_shapes(config.model).items():
         split, gradient_split = (stored_shards, gradient_shards) if is_matrix(name) else (1, 1)

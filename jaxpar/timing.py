@@ -10,6 +10,7 @@ import math
 from jaxpar.config import AXES, Config, MeshConfig
 from jaxpar.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
 from jaxpar.hardware import Hardware
+from jaxpar.timetable import turns
 from jaxpar.traffic import Transfer, transfers
 
 MATMUL = 0.80
@@ -59,17 +60,18 @@ class StepTime:
         return self.compute + sum(self.exposed.values()) + self.bubble
 
 
-def step_time(config: Config, mesh: MeshConfig, hardware: Hardware, *, chunks: int = 1) -> StepTime:
+def step_time(config: Config, mesh: MeshConfig, hardware: Hardware) -> StepTime:
     """Predicted time of one training step.
 
     Args:
       config: the run.
       mesh: sizes of the axes, laid out with `tensor` innermost.
       hardware: rates and links.
-      chunks: parts of the model that each pipeline stage holds.
     """
     matmul, attention, memory = _compute(config, mesh, hardware)
-    found = transfers(config, mesh, chunks=chunks)
+    # Idle stages compute something and drop it; what they send is among the transfers.
+    bubble = (matmul + attention) * (mesh.pipeline - 1) / (config.parallel.chunks * config.train.microbatches)
+    found = transfers(config, mesh)
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
     for transfer in found:
@@ -77,14 +79,12 @@ def step_time(config: Config, mesh: MeshConfig, hardware: Hardware, *, chunks: i
         into = hidden if transfer.hidden else exposed
         name = "+".join(transfer.axes)
         into[name] = into.get(name, 0.0) + seconds
-    cover = HIDDEN * (matmul + attention)
+    cover = HIDDEN * (matmul + attention + bubble)
     late = max(0.0, sum(hidden.values()) - cover)  # what does not fit beside the computation
     if late:
         share = late / sum(hidden.values())
         for name, seconds in hidden.items():
             exposed[name] = exposed.get(name, 0.0) + share * seconds
-    busy = matmul + attention + sum(exposed.values())
-    bubble = busy * (mesh.pipeline - 1) / (chunks * config.train.microbatches)
     return StepTime(matmul, attention, memory, exposed, hidden, bubble)
 
 
@@ -122,9 +122,12 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
 def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
     """Operations a token of all devices together, recomputation included, and the narrowest side on one device."""
     model, shapes = config.model, parameter_shapes(config.model)
-    again = recomputed(config, mesh.pipeline)
-    head = 6 * model.dim * model.vocab_size, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
-    found: list[tuple[float, float]] = [head]
+    again, parallel, M = recomputed(config, mesh.pipeline), config.parallel, config.train.microbatches
+    losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish if mesh.pipeline > 1 else M
+    head = 6 * model.dim * model.vocab_size * losses / M
+    found: list[tuple[float, float]] = [
+        (head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))
+    ]
     for name, label in LABELS.items():
         operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
         across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
@@ -146,14 +149,13 @@ LABELS = {
 
 def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
     """Operations a token, of all layers, that the backward pass does again: by the name of the matmul's result, and
-    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything again."""
+    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything once more."""
     model, kept = config.model, config.memory.kept + config.memory.offloaded
     shapes = parameter_shapes(model)
     costs = {label: 2 * math.prod(shapes[f"layers.{name}"]) for name, label in LABELS.items()}
     costs["attention"] = 2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
-    if stages > 1:
-        return costs
-    return {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
+    again = {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
+    return {name: cost + again.get(name, 0) for name, cost in costs.items()} if stages > 1 else again
 
 
 def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:

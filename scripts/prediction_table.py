@@ -108,9 +108,7 @@ def cases() -> list[Case]:
         case("llama3_70b", 1, dict(fsdp=8, tensor=8)),
         case("llama3_70b", 1, dict(fsdp=16, tensor=4), remat="attention"),
         case("llama3_70b", 1, dict(data=4, fsdp=64)),
-        case("llama3_70b", 1, dict(fsdp=72), gpu="gb200")
-        if False
-        else case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
+        case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
         case("llama3_405b", 1, dict(fsdp=1024)),
         case("llama3_405b", 1, dict(fsdp=128, tensor=8)),
         case("llama3_405b", 1, dict(data=2, fsdp=128, tensor=4), microbatches=2),
@@ -118,7 +116,39 @@ def cases() -> list[Case]:
         case("llama3_70b", 8, dict(fsdp=8, tensor=8)),
         case("llama3_8b", 8, dict(fsdp=8), microbatches=4),
     ]
-    return found
+    return found + pipelined()
+
+
+def pipelined() -> list[Case]:
+    """2, 4 and 8 stages, 1 and 2 chunks, with every other axis."""
+
+    def found(file: str, batch: int, mesh: dict[str, int], microbatches: int, chunks: int = 1, **groups: Any) -> Case:
+        parallel = dict(chunks=chunks) | groups.pop("parallel", {})
+        return case(file, batch, mesh, microbatches=microbatches, parallel=parallel, **groups)
+
+    small = dict(model=B1, data=dict(sequence_length=2048))
+    per_step, zero = dict(gather="per_step"), dict(optimizer_sharding="data")
+    return [
+        found("llama2_7b", 2, dict(pipeline=2), 4, **small),
+        found("llama2_7b", 2, dict(pipeline=4, data=2), 8, remat="none", **small),
+        found("llama2_7b", 2, dict(pipeline=4, data=2), 8, 2, parallel=zero, **small),
+        found("llama2_7b", 1, dict(pipeline=8), 8, remat="attention", **small),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=per_step),
+        found("llama2_7b", 1, dict(pipeline=2, data=2, fsdp=2), 4, 2, model=B3, parallel=per_step, remat="none"),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=dict(schedule="gpipe")),
+        found("llama3_8b", 1, dict(pipeline=8), 16),
+        found("llama3_8b", 1, dict(pipeline=8), 16, 2),
+        found("llama3_8b", 1, dict(pipeline=2, tensor=4), 8, remat="none"),
+        found("llama3_8b", 1, dict(pipeline=4, tensor=2), 8, 2, parallel=dict(sequence_parallel=False)),
+        found("llama3_8b", 1, dict(pipeline=2, sequence=4), 4),
+        found("llama3_8b", 1, dict(pipeline=2, fsdp=2, tensor=2), 8, 4),
+        found("llama3_8b", 1, dict(pipeline=4, fsdp=2), 8, 2, remat="attention"),
+        found("llama3_70b", 1, dict(pipeline=4, fsdp=2, tensor=8), 16),
+        found("llama3_70b", 1, dict(pipeline=8, tensor=8), 32, 2),
+        found("llama3_70b", 1, dict(pipeline=2, fsdp=32), 4, remat="attention"),
+        found("llama3_405b", 1, dict(pipeline=2, fsdp=64, tensor=8), 4),
+    ]
 
 
 class Compiled:
