@@ -1,9 +1,10 @@
 """What a device holds, counted: state, activations, and the peak of a training step. Needs no device."""
 
 import dataclasses
+import functools
 import math
 
-from jaxpar.config import Config, MeshConfig
+from jaxpar.config import Config, MeshConfig, ModelConfig
 from jaxpar.counts import ITEMSIZE, Shape, is_matrix, matrix_sizes, parameter_shapes
 
 
@@ -51,6 +52,7 @@ PART_NAMES = {
 _LAYER = 2.2  # the gathered weights of a layer, times: most of them, and gradients in float32
 _LAYER_WHOLE = 1.0  # the same where nothing is gathered in the layer
 _WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
+_TWO_STAGES = 0.5  # of a stage's activations, twice, where its layers communicate: see `peak_memory`
 _LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
@@ -74,6 +76,10 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
     gradients = _gradients(config, mesh, state["gradients"], entered)
     activations = model.layers // (mesh.pipeline * chunks) * sum(sizes[name] for name in config.memory.kept)
+    if mesh.pipeline * chunks == 2 and (mesh.tensor > 1 or (mesh.fsdp > 1 and not gathered_once)):
+        # The phases of forward and of backward passes alone are one tick each, no loops, and XLA moves zeros and
+        # results of the others' loops out of them: about half of the stacks exist twice.
+        activations += int(_TWO_STAGES * activations)
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
@@ -103,8 +109,8 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
 
 def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
     """Bytes of gradients in the backward pass, where they are added up over microbatches into `sums` bytes: the sums,
-    and those of one microbatch, in the dtype of the weights it uses. A pipeline adds to the sums in place; what jax makes
-    of GPipe does not."""
+    and those of one microbatch, in the dtype of the weights it uses. A pipeline adds to the sums in place; what jax
+    makes of GPipe does not."""
     if mesh.pipeline > 1:
         return sums * (3 if config.parallel.schedule == "gpipe" else 1)
     if entered:
@@ -134,13 +140,12 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
     gradient_shards = mesh.tensor * (1 if config.parallel.gather == "per_step" else mesh.fsdp)
     parameters = optimizer = gradients = 0
-    for name, shape in parameter_shapes(config.model).items():
-        split, gradient_split = (stored_shards, gradient_shards) if is_matrix(name) else (1, 1)
+    for name, size, matrix, sharded, replicated in _elements(config.model, config.optimizer.name):
+        split, gradient_split = (stored_shards, gradient_shards) if matrix else (1, 1)
         stages = 1 if name == "norm.scale" else mesh.pipeline
         split, gradient_split = split * stages, gradient_split * stages
-        parameters += item * math.prod(shape) // split
-        gradients += sum_item * math.prod(shape) // gradient_split
-        sharded, replicated = _optimizer_elements(config.optimizer.name, name, shape)
+        parameters += item * size // split
+        gradients += sum_item * size // gradient_split
         optimizer += item * (sharded // split + replicated)
     return {
         "parameters": parameters,
@@ -148,6 +153,15 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
         "optimizer": optimizer,
         "total": parameters + gradients + optimizer,
     }
+
+
+@functools.cache
+def _elements(model: ModelConfig, optimizer: str) -> list[tuple[str, int, bool, int, int]]:
+    """Of every parameter: its name, elements, whether it is a matrix, and elements of optimizer state."""
+    return [
+        (name, math.prod(shape), is_matrix(name), *_optimizer_elements(optimizer, name, shape))
+        for name, shape in parameter_shapes(model).items()
+    ]
 
 
 def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:

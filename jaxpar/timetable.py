@@ -120,8 +120,8 @@ def in_all(needed: int, ticks: int) -> bool:
 
 class Turns(NamedTuple):
     """How often a device runs the parts of a step, idle ticks included. `chunks`: the layers of a chunk, forward and as
-    often backward; `enter`, `finish`, `leave`: embedding, head with loss, and the embedding's gradient. `listed` are the
-    same three as the program lists them, where a branch counts in every tick."""
+    often backward; `enter`, `finish`, `leave`: embedding, head with loss, and the embedding's gradient. `listed` are
+    the same three as the program lists them, where a branch counts in every tick."""
 
     chunks: int
     enter: int
@@ -254,7 +254,9 @@ def picture(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> s
         return svg(whole, schedule)
     few = max(stages, MOST // stages * stages)
     drawn = timetable(schedule, stages, few, chunks)
-    return svg(drawn, f"{schedule}, drawn with {few} of {microbatches} microbatches; with all: bubble {whole.bubble:.1%}")
+    return svg(
+        drawn, f"{schedule}, drawn with {few} of {microbatches} microbatches; with all: bubble {whole.bubble:.1%}"
+    )
 
 
 def _box(x: int, y: int, width: int, height: int, work: Work, colours: tuple[str, ...]) -> str:

@@ -1,10 +1,11 @@
 """Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their links, bubble.
 
-The constants are shares of a peak. None was measured with jaxpar on a GPU yet: `MATMUL` and `COPY` are what an H200
-reached on plain matmuls and copies (788 of 989 TFLOP/s, 4.3 of 4.8 TB/s), the others are assumptions.
+What is reached of the peaks is in `hardware.Rates`, which `scripts/calibrate.py` measures. None was measured with
+jaxpar on a GPU yet; the constants here are assumptions.
 """
 
 import dataclasses
+import functools
 import math
 
 from jaxpar.config import AXES, Config, MeshConfig
@@ -13,23 +14,8 @@ from jaxpar.hardware import Hardware
 from jaxpar.timetable import turns
 from jaxpar.traffic import Transfer, transfers
 
-MATMUL = 0.80
-"""Of the dense peak, for matmuls that fill the GPU."""
-
-ATTENTION = 0.55
-"""Of the dense peak, for fused attention, forward and backward together."""
-
-COPY = 0.90
-"""Of the memory bandwidth."""
-
-LINK = 0.80
-"""Of the bandwidth of links and network, for large collectives."""
-
 HIDDEN = 0.90
 """Of the computation beside which collectives can run that nothing waits for; they slow it down a little."""
-
-HALF = 128
-"""Width of a matmul at which it runs at half of its rate: tiles are left empty, and launches show."""
 
 LATENCY = 10e-6
 """Seconds that a collective takes however small it is."""
@@ -100,14 +86,14 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     peak = hardware.peaks.get(config.precision.compute, hardware.peaks["float32"])
     tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
     shards = mesh.tensor * mesh.pipeline
-    rate = MATMUL * peak
+    rates = hardware.rates
     matmul = sum(
-        tokens * operations * (narrow + HALF) / narrow / shards / rate
+        tokens * operations * (1 + rates.matmul_half / narrow) / shards / (rates.matmul_share * peak)
         for operations, narrow in _matmuls(config, mesh, tokens / train.microbatches)
     )
     again = recomputed(config, mesh.pipeline).get("attention", 0)
-    attention = tokens * (flops.attention + again) / shards / (ATTENTION * peak)
-    bandwidth = COPY * hardware.memory_bandwidth
+    attention = tokens * (flops.attention + again) / shards / (rates.attention_share * peak)
+    bandwidth = rates.copy_share * hardware.memory_bandwidth
     item = ITEMSIZE[config.precision.compute]
     whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
     # Read and written by norms, rotation, SwiGLU and residual, forward and twice as much backward.
@@ -125,9 +111,7 @@ def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float,
     again, parallel, M = recomputed(config, mesh.pipeline), config.parallel, config.train.microbatches
     losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish if mesh.pipeline > 1 else M
     head = 6 * model.dim * model.vocab_size * losses / M
-    found: list[tuple[float, float]] = [
-        (head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))
-    ]
+    found: list[tuple[float, float]] = [(head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))]
     for name, label in LABELS.items():
         operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
         across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
@@ -164,6 +148,7 @@ def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
     return collective_seconds(transfer.kind, transfer.size, devices, near, hardware)
 
 
+@functools.cache
 def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
     """How many members of a device's group over `axes` sit in its domain of fast links, inner axes first."""
     near, stride = 1, 1
@@ -191,4 +176,4 @@ def collective_seconds(kind: str, size: float, devices: int, near: int, hardware
     bandwidth = hardware.link if near >= devices else min(hardware.link, hardware.network * near)
     share = 1.0 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1) / devices
     steps = 1 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1)
-    return LATENCY + steps * HOP[near >= devices] + share * size / (LINK * bandwidth)
+    return LATENCY + steps * HOP[near >= devices] + share * size / (hardware.rates.link_share * bandwidth)

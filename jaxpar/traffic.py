@@ -49,8 +49,8 @@ def by_axes(found: list[Transfer], *, listed: bool = False) -> dict[str, float]:
 @dataclasses.dataclass(frozen=True)
 class _Turns:
     """How often a device runs what, in a step. `layers`: a layer and its backward pass; `forwards`: forward passes of
-    each but the one that remat asks for (a pipeline's backward pass starts from the input of a chunk); `ends`: embedding,
-    head with loss, gradient of the embedding, and the three as the program lists them."""
+    each but the one that remat asks for (a pipeline's backward pass starts from the input of a chunk); `ends`:
+    embedding, head with loss, gradient of the embedding, and the three as the program lists them."""
 
     layers: int
     forwards: int
@@ -124,7 +124,8 @@ def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Tr
 def _tensor(
     config: Config, residual: float, turns: _Turns, kept: tuple[str, ...], *, pipelined: bool
 ) -> Iterator[Transfer]:
-    """Two halves of a layer, each there and back; the head's input and its gradient, the embedding's rows and theirs."""
+    """Two halves of a layer, each there and back; the head's input and its gradient, the embedding's rows and
+    theirs."""
     axes, runs, (enter, finish, leave), listed = ("tensor",), turns.layers, turns.ends, turns.listed
     there = 2 * turns.forwards
     out = there + 2 + ("attention_output" not in kept)
@@ -169,7 +170,7 @@ def _pipeline(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Trans
     split = mesh.tensor if parallel.sequence_parallel else 1
     residual = ITEMSIZE[config.precision.compute] * tokens * model.dim / split
     ticks = turns.layers * mesh.pipeline * parallel.chunks // model.layers
-    # The very last one of forward passes is for nobody; two stages have a phase of one tick, where the compiler sees it.
+    # The very last one forward is for nobody; two stages have a phase of one tick, where the compiler sees it.
     shifts = 2 * ticks - (mesh.pipeline * parallel.chunks == 2 and parallel.schedule == "1f1b")
     yield Transfer("collective-permute", ("pipeline",), residual, shifts, hidden=True)
     (enter, finish, leave), listed = turns.ends, turns.listed
