@@ -65,8 +65,8 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every time, and at
-    least: a loop whose length depends on the data counts as one turn, and `known` says whether there was none. `rest` is the
+    """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every time, and at least: a
+    loop whose length depends on the data counts as one turn, and `known` says whether there was none. `rest` is the
     text after the opening parenthesis."""
 
     computation: str

@@ -209,7 +209,8 @@ def reason(candidate: Candidate, best: Candidate, hardware: Hardware) -> str:
     if covered:
         told += f"; {duration(covered)} of {' and '.join(time.hidden)} traffic run beside it"
     if waits > 0.001 * time.total:
-        told += f"; {duration(waits)} of {' and '.join(time.exposed)} traffic are waited for"
+        most = sorted(time.exposed, key=lambda axes: -time.exposed[axes])[:2]
+        told += f"; {duration(waits)} of traffic are waited for, most of it over {' and '.join(most)}"
     if time.bubble:
         told += f"; stages idle for {duration(time.bubble)}"
     return f"{told}; {gib(hardware.memory_bytes - RESERVE - peak.total)} GiB to spare"
@@ -338,7 +339,8 @@ def print_table(report: dict[str, Any], top: int) -> None:
     console.print(f"[bold]{title}[/bold]; predictions by arithmetic\n")
     console.print(table)
     for rule, refused in list(report["illegal"].items())[:3]:
-        console.print(f"not legal, {len(refused)} meshes: {escape(rule)}", style="dim")
+        count = f"{len(refused)} mesh{'es' if len(refused) > 1 else ''}"
+        console.print(f"not legal, {count}: {escape(rule)}", style="dim")
 
 
 def _settings(row: Mapping[str, Any]) -> str:

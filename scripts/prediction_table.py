@@ -292,9 +292,9 @@ workspace of cuDNN's attention.
 
 The arithmetic has five constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most
 of these configurations, so the errors are not those of a blind test. The three rows before the pipelines were added
-after that: with many sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a pipeline
-holds follows from the program, but for two things that were read off these rows: GPipe has its gradients three times,
-and two stages of one chunk have about half of their activations twice, which is the fifth constant.
+after that: with many sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a
+pipeline holds follows from the program, but for two things that were read off these rows: GPipe has its gradients
+three times, and two stages of one chunk have about half of their activations twice, which is the fifth constant.
 
 Bytes are those of all collectives of a step on one device, by the axes they run over; axes with less than 2 MiB a step
 (norm scales, sums of the loss) are left out. With chunks the embedding of a pipeline stands in a branch that few ticks

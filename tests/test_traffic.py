@@ -6,14 +6,14 @@ from test_lowering import SMALL, make_config, traffic
 from jaxpar.config import MeshConfig
 from jaxpar.traffic import by_axes, transfers
 
-DEEP = dict(layers=8)
+DEEP = dict(layers=16)
 CASES = [
     (MeshConfig(fsdp=2, sequence=2, tensor=2), dict(remat="full", microbatches=2)),
     (MeshConfig(data=2, fsdp=4), dict(remat="dots", microbatches=4, optimizer_sharding="data")),
     (MeshConfig(data=2, fsdp=2, tensor=2), dict(gather="per_step", microbatches=2, sequence_parallel=False)),
     (MeshConfig(fsdp=2, sequence=4), dict(remat="full", context="ring")),
     (MeshConfig(fsdp=2, sequence=4), dict(remat="none", context="ulysses")),
-    (MeshConfig(pipeline=2, fsdp=2, tensor=2), dict(remat="full", microbatches=4)),
+    (MeshConfig(pipeline=2, fsdp=2, tensor=2), dict(remat="full", microbatches=4, model=dict(layers=4))),
     # So many stages that the embedding stands in a branch.
     (
         MeshConfig(pipeline=4, tensor=2),
