@@ -211,10 +211,13 @@ def test_the_table_fits_80_columns(monkeypatch, capsys):
 
 
 def test_what_is_illegal_and_how_many_devices_are_enough(monkeypatch, capsys):
+    rules = plan.illegal(config("llama3_70b"), 64, {})
+    assert any("kv_heads=8" in rule and "use mesh.tensor in {1, 2, 4, 8}" in rule for rule in rules)
+    legal = {c.mesh for c in plan.rank(config("llama3_70b"), H100, 64)}
+    assert sum(map(len, rules.values())) + len(legal) == len(list(plan.meshes(64, {})))
     monkeypatch.setenv("COLUMNS", "200")
     assert plan.main(["--config=configs/llama3_70b.py", "--hardware=h100", "--devices=8", "--top=1"]) == 1
     out = capsys.readouterr().out
-    assert "not legal, " in out and "use mesh.tensor in {1, 2, 4, 8}" in out
     assert "no mesh fits" in out and "--devices=16 is enough, with " in out
 
 
