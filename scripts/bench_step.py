@@ -193,7 +193,7 @@ def breakdown(argv: list[str]) -> dict[str, Any]:
             from jaxpar import attention
 
             layout = model.layout
-            o = attention.attend(q, k, v, info, info, layout.rules, layout.context)
+            o = attention.attend(q, k, v, info, info, layout.rules, layout.attention)
             return o.astype(jnp.float32).sum()
 
         layer = jax.tree.map(lambda w: w[0], enter(model, config).layers)
