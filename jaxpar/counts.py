@@ -49,6 +49,12 @@ def matrix_sizes(model: ModelConfig) -> Mapping[str, int]:
 
 
 @functools.cache
+def layer_elements(model: ModelConfig) -> int:
+    """Elements of the matrices of all layers."""
+    return sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers."))
+
+
+@functools.cache
 def parameter_count(model: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(model).values())

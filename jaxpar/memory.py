@@ -5,7 +5,7 @@ import functools
 import math
 
 from jaxpar.config import Config, MeshConfig, ModelConfig
-from jaxpar.counts import ITEMSIZE, Shape, is_matrix, matrix_sizes, parameter_shapes
+from jaxpar.counts import ITEMSIZE, Shape, is_matrix, layer_elements, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     sizes, chunks = activation_bytes(config, mesh), config.parallel.chunks if mesh.pipeline > 1 else 1
     compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
     tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
-    layers = sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers.")) // shards
+    layers = layer_elements(model) // shards
     layer, ends = layers // (model.layers // mesh.pipeline), model.vocab_size * model.dim // shards
     gathered_once = config.parallel.gather == "per_step" and mesh.fsdp > 1
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxpar import cli
 from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
-from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
+from jaxpar.config import AXES, REMAT, Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
 from jaxpar.counts import step_flops
 from jaxpar.hardware import NAMES, Hardware, find
 from jaxpar.memory import RESERVE, Peak, peak_memory
@@ -153,21 +153,33 @@ def choices(config: Config, mesh: MeshConfig) -> Iterator[Config]:
     layers = config.model.layers // mesh.pipeline
     chunked = [n for n in (1, 2, 4) if layers % n == 0] if mesh.pipeline > 1 else [1]
     for microbatches in divisors(sequences):
+        if microbatches < min(mesh.pipeline, sequences):  # stages would be idle for half of the time
+            continue
         train = dataclasses.replace(config.train, microbatches=microbatches)
         for gather, zero, chunks in itertools.product(gathers, zeros, chunked):
             if chunks > 1 and microbatches % mesh.pipeline:
                 continue
-            parallel = dataclasses.replace(config.parallel, gather=gather, optimizer_sharding=zero, chunks=chunks)
-            if mesh.pipeline > 1:
-                parallel = dataclasses.replace(parallel, schedule="1f1b")
+            parallel = _parallel(config.parallel, gather, zero, chunks, mesh.pipeline > 1)
             yield dataclasses.replace(config, train=train, parallel=parallel)
+
+
+@functools.cache
+def _parallel(before: ParallelConfig, gather: str, zero: str, chunks: int, pipelined: bool) -> ParallelConfig:
+    schedule = "1f1b" if pipelined else before.schedule
+    return dataclasses.replace(before, gather=gather, optimizer_sharding=zero, chunks=chunks, schedule=schedule)
+
+
+@functools.cache
+def _policies(before: MemoryConfig) -> list[MemoryConfig]:
+    """With every remat policy, from the one that keeps all to the one that keeps least."""
+    return [dataclasses.replace(before, remat=remat) for remat in REMAT]
 
 
 def _first_that_fits(config: Config, mesh: MeshConfig, hardware: Hardware) -> Candidate:
     """With the remat policy that recomputes least of those that fit; else with the one that holds least."""
     room = hardware.memory_bytes - RESERVE
-    for remat in REMAT:  # from the one that keeps all to the one that keeps least
-        choice = dataclasses.replace(config, memory=dataclasses.replace(config.memory, remat=remat))
+    for memory in _policies(config.memory):
+        choice = dataclasses.replace(config, memory=memory)
         peak = peak_memory(choice, mesh)
         if peak.total <= room:
             break

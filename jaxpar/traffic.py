@@ -6,11 +6,10 @@ left out.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, matrix_sizes, parameter_shapes
+from jaxpar.counts import ITEMSIZE, layer_elements, matrix_sizes, parameter_count
 from jaxpar.timetable import turns
 
 
@@ -72,7 +71,7 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
     model, parallel = config.model, config.parallel
     compute, summed = ITEMSIZE[config.precision.compute], ITEMSIZE[config.precision.grad_reduce]
     sizes = matrix_sizes(model)
-    layers = sum(size for name, size in sizes.items() if name.startswith("layers.")) / (mesh.tensor * mesh.pipeline)
+    layers = layer_elements(model) / (mesh.tensor * mesh.pipeline)
     embedding = sizes["embedding"] / (mesh.tensor * mesh.pipeline)
     ends = embedding * (1 if model.tie_embeddings else 2)
     layer = layers * mesh.pipeline / model.layers
@@ -96,7 +95,7 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
     axes = ("data",) if mesh.data > 1 and not zero else ()
     axes += tuple(axis for axis in ("expert", "sequence") if getattr(mesh, axis) > 1)
     yield Transfer("all-reduce", axes, left, 1)
-    scales = summed * sum(map(math.prod, parameter_shapes(model).values())) - summed * sum(sizes.values())
+    scales = summed * (parameter_count(model) - sum(sizes.values()))
     spread = [axis for axis in ("data", "fsdp", "expert", "sequence") if getattr(mesh, axis) > 1]
     spread += ["tensor"] * (mesh.tensor > 1 and parallel.sequence_parallel)
     yield Transfer("all-reduce", tuple(spread), scales / mesh.pipeline, 1)
