@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from jaxpar import cli, hlo
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig, from_mapping
-from jaxpar.hardware import Hardware
+from jaxpar.hardware import Hardware, Rates
 from jaxpar.sharding import make_mesh
+from jaxpar.timetable import timetable
 from jaxpar.timing import collective_seconds
 from jaxpar.tree import named_leaves
 from jaxpar.validation import resolve_mesh, validate_mesh
@@ -125,12 +126,15 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
     return sorted(rows.values(), key=lambda row: (-(row["seconds"] or 0), -row["bytes"]))
 
 
-PARTS = ("parameters", "optimizer", "gradients", "activations", "vocabulary", "weights", "working", "batch", "gaps")
+PARTS = (
+    *("parameters", "optimizer", "gradients", "activations", "vocabulary", "weights", "stash", "working", "batch"),
+    "gaps",
+)
 """What memory is for: parameters and optimizer state; gradients (and updates, which look like them); activations kept
 for the backward pass; whatever has the vocabulary as a dimension: logits, and head and embedding as gathered, and
-their gradients; gathered weights of a layer; the rest of what a layer is working on; the batch; and gaps, which lie
-between buffers because they cannot all be packed (below 0: what lies in the buffers of donated arguments, for which no
-memory is needed)."""
+their gradients; gathered weights; inputs of pipeline stages; the rest of what a layer is working on; the batch; and
+gaps, which lie between buffers because they cannot all be packed (below 0: what lies in the buffers of donated
+arguments, for which no memory is needed)."""
 
 
 class Parts:
@@ -138,22 +142,34 @@ class Parts:
 
     def __init__(self, config: Config, leaves: Iterable[jax.ShapeDtypeStruct]):
         shardings = [(leaf.shape, leaf.sharding) for leaf in leaves if leaf.ndim > 1]
-        self._layers = config.model.layers
+        sizes, parallel, model = shardings[0][1].mesh.shape, config.parallel, config.model
+
+        def entered(shape: tuple[int, ...], sharding: Any) -> list[int]:
+            """Without `fsdp` and `data`: as gathered."""
+            split = [(n, str(entry)) for n, entry in zip(shape, sharding.spec, strict=True)]
+            return [n // math.prod(sizes[axis] for axis in ("pipeline", "tensor") if axis in text) for n, text in split]
+
         self._stored = {_dims(sharding.shard_shape(shape)) for shape, sharding in shardings}
-        self._gathered = {
-            _dims(n // sharding.mesh.shape["tensor"] if "tensor" in str(entry) else n for n, entry in one_layer[1:])
-            for shape, sharding in shardings
-            if len(one_layer := list(zip(shape, sharding.spec, strict=True))) > 2
-        }
-        tensor = shardings[0][1].mesh.shape["tensor"]
-        self._vocabulary = {config.model.vocab_size, config.model.vocab_size // tensor}
+        self._stacks = {_dims(entered(*leaf)) for leaf in shardings if len(leaf[0]) > 2}
+        self._gathered = {_dims(entered(*leaf)[1:]) for leaf in shardings if len(leaf[0]) > 2}
+        tensor, stages = sizes["tensor"], sizes["pipeline"]
+        self._vocabulary = {model.vocab_size // shards for shards in (1, tensor, tensor * stages)}
+        self._layers, self._stash = {model.layers}, ()
+        if stages > 1:
+            self._layers.add(model.layers // (stages * parallel.chunks))
+            table = timetable(parallel.schedule, stages, config.train.microbatches, parallel.chunks)
+            self._stash = table.slots, model.dim
 
     def of(self, buffer: hlo.Buffer) -> str:
         shape = [int(n) for n in re.findall(r"\d+", buffer.shape.partition("[")[2])]
         dims = _dims(shape)
         if dims in self._stored:
             return "gradients"
-        if len(shape) > 2 and self._layers in shape[:2]:  # stacked, in whatever layout
+        if dims in self._stacks:
+            return "gradients" if buffer.shape.startswith("f32") else "weights"
+        if len(shape) > 3 and (shape[0], shape[-1]) == self._stash:
+            return "stash"
+        if len(shape) > 2 and self._layers & set(shape[:2]):  # stacked, in whatever layout
             return "activations"
         in_layers = re.search(r"jvp\(\)\)?/while", buffer.operation)  # where another size may be the same number
         if self._vocabulary & set(dims) and not in_layers:
@@ -179,7 +195,9 @@ def _dims(shape: Iterable[int]) -> tuple[int, ...]:
 def main() -> None:
     request = json.load(sys.stdin)
     config = from_mapping(Config, request["config"])
-    hardware = Hardware(**request["hardware"]) if request["hardware"] else None
+    hardware = None
+    if fields := request["hardware"]:
+        hardware = Hardware(**fields | {"rates": Rates(**fields["rates"])})
     try:
         if hardware:
             devices = absent_gpus(hardware.target, request["topology"])

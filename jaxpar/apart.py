@@ -63,9 +63,11 @@ def compile_report(config: Config, mesh: Mapping[str, int | None], target: Targe
     """The account of `account.py`, with `warnings`, from a process of its own.
 
     Raises:
-      ConfigError: the mesh does not fit the devices of this machine.
+      ConfigError: the mesh does not fit the devices of this machine, or XLA has no description of the hardware.
       CompileFailed: it crashed, raised, or took longer than `timeout` seconds.
     """
+    if target.hardware and not target.hardware.target:
+        raise ConfigError(f"{target.hardware.name} has no target description, so nothing can be compiled for it")
     with tempfile.TemporaryDirectory(prefix="jaxpar-") as dump:
         request = {
             "config": dataclasses.asdict(config),

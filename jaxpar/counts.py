@@ -5,7 +5,9 @@ V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 
 from jaxpar.config import BATCH_AXES, Config, MeshConfig, ModelConfig
 
@@ -15,7 +17,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element."""
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+@functools.cache
+def parameter_shapes(model: ModelConfig) -> Mapping[str, Shape]:
     """Every parameter by its name in checkpoints (without the leading `model.`); layers are stacked."""
     V, D, L, H, F = model.vocab_size, model.dim, model.layers, model.heads, model.ffn_dim
     G = model.kv_heads or H
@@ -39,11 +42,19 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def matrix_sizes(model: ModelConfig) -> dict[str, int]:
+@functools.cache
+def matrix_sizes(model: ModelConfig) -> Mapping[str, int]:
     """Elements of every parameter that is multiplied; norm scales are left out."""
     return {name: math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)}
 
 
+@functools.cache
+def layer_elements(model: ModelConfig) -> int:
+    """Elements of the matrices of all layers."""
+    return sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers."))
+
+
+@functools.cache
 def parameter_count(model: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(model).values())

@@ -24,6 +24,7 @@ from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.hardware import NAMES, find, of_kind
 from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
 from jaxpar.page import explain_page
+from jaxpar.timetable import picture
 from jaxpar.validation import resolve_mesh, validate_mesh
 
 
@@ -193,6 +194,12 @@ def print_verdict(report: dict[str, Any]) -> None:
         )
 
 
+def _timetable(config: Config, mesh: Mapping[str, int]) -> str:
+    """The picture of the pipeline of a mesh; "" where there is none."""
+    stages, parallel = mesh.get("pipeline", 1), config.parallel
+    return picture(parallel.schedule, stages, config.train.microbatches, parallel.chunks) if stages > 1 else ""
+
+
 def mib(count: float) -> str:
     return f"{count / 2**20:,.1f}"
 
@@ -221,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if page:
-        Path(page).write_text(explain_page(report))
+        Path(page).write_text(explain_page(report, _timetable(request.config, report["mesh"])))
     if output == "-":
         print(json.dumps(report))
     else:

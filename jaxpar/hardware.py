@@ -8,6 +8,10 @@ A name is a target description of XLA in assets/gpus/ plus its links in `_LINKS`
     domain = 8                # GPUs that the fast links join
     host = 8                  # GPUs of a host
     bfloat16_tflops = 989.4   # dense peak; float16_tflops, float32_tflops as well (left out: known by the kind)
+    matmul_share = 0.8        # and the other rates of `Rates`, with `measured` to say where they come from
+
+`scripts/calibrate.py` writes such a file on the machine itself. What XLA has no description for, such as CPUs, takes
+`kind`, `memory_gib` and `memory_gbps` in place of `target`; times can be predicted then, but nothing compiled.
 """
 
 import dataclasses
@@ -34,6 +38,28 @@ _LINKS: dict[str, tuple[float, float, int, int]] = {
 }
 
 
+MEASURED = (
+    "assumed: shares of matmuls and copies as an H200 reached on plain ones (788 of 989 TFLOP/s, 4.3 of 4.8 TB/s), the "
+    "others guessed"
+)
+"""Where rates come from that nobody measured with `scripts/calibrate.py`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What is reached of the peaks: `matmul_share` of the dense peak by matmuls that fill the device, half of it at
+    the width `matmul_half` (tiles are left empty, and launches show); `attention_share` of the dense peak by attention,
+    forward and backward; `copy_share` of the memory bandwidth; `link_share` of the bandwidth of links and network, by
+    large collectives."""
+
+    matmul_share: float = 0.80
+    matmul_half: float = 128.0
+    attention_share: float = 0.55
+    copy_share: float = 0.90
+    link_share: float = 0.80
+    measured: str = MEASURED
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """One kind of GPU and how its neighbours are joined.
@@ -47,6 +73,7 @@ class Hardware:
       peaks: dense FLOP/s by dtype.
       link: bytes/s that a GPU sends over the fast links, in one direction; network: to other domains.
       domain: GPUs that the fast links join; host: GPUs of one host.
+      rates: what is reached of all these.
     """
 
     name: str
@@ -59,6 +86,7 @@ class Hardware:
     network: float
     domain: int
     host: int
+    rates: Rates = Rates()
 
     def topology(self, devices: int) -> str:
         """NVLink domains x hosts in each x GPUs in each, for a number of devices.
@@ -96,7 +124,10 @@ def find(name: str) -> Hardware:
         fields = tomllib.loads(path.read_text())
         own = {key.removesuffix("_tflops"): value * 1e12 for key, value in fields.items() if key.endswith("_tflops")}
         links = (fields["link_gbps"], fields["network_gbps"], fields["domain"], fields["host"])
-        return _make(path.stem, (path.parent / fields["target"]).read_text(), *links, own)
+        rates = Rates(**{f.name: fields[f.name] for f in dataclasses.fields(Rates) if f.name in fields})
+        target = (path.parent / fields["target"]).read_text() if "target" in fields else _description(fields)
+        found = _make(path.stem, target, *links, own)
+        return dataclasses.replace(found, rates=rates, target=target if "target" in fields else "")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--hardware={name}: {type(error).__name__}: {error}; the file needs target, link_gbps, network_gbps, "
@@ -108,6 +139,13 @@ def of_kind(kind: str) -> Hardware:
     """The known hardware whose device jax calls so; an H100 where none does."""
     known = [find(name) for name in NAMES]
     return next((hardware for hardware in known if hardware.kind == kind), find("h100"))
+
+
+def _description(fields: dict[str, Any]) -> str:
+    """What `_make` reads of a description, from the fields of a file."""
+    memory, bandwidth = int(fields["memory_gib"] * 2**30), fields["memory_gbps"] * 1e9
+    kind = fields["kind"]
+    return f'device_description_str: "{kind}"\ndevice_memory_size: {memory}\nmemory_bandwidth: {bandwidth}\n'
 
 
 def _make(

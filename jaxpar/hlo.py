@@ -65,8 +65,9 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """What a step runs `count` times, in `depth` nested loops, at the least: a loop whose length depends on the data
-    counts as one turn, and `known` says whether there was none. `rest` is the text after the opening parenthesis."""
+    """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every time, and at least: a
+    loop whose length depends on the data counts as one turn, and `known` says whether there was none. `rest` is the
+    text after the opening parenthesis."""
 
     computation: str
     name: str
@@ -152,11 +153,20 @@ def instructions(text: str) -> Iterator[Instruction]:
                 yield from walk(
                     body[1], count * (1 if trips is None else trips), depth + 1, known and trips is not None
                 )
-            elif found.operation in ("call", "fusion", "conditional", "async-start"):
-                for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", found.rest):
+            elif found.operation == "conditional":
+                for branch in _branches(found.rest):
+                    yield from walk(branch, count, depth, known)
+            elif found.operation in ("call", "fusion", "async-start"):
+                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", found.rest):
                     yield from walk(called, count, depth, known)
 
     return walk(entry, 1, 0, True)
+
+
+def _branches(rest: str) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
+    return [name.strip(" %") for name in listed[1].split(",")] if listed else named
 
 
 def _trips(found: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]) -> int | None:

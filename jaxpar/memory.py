@@ -1,10 +1,11 @@
 """What a device holds, counted: state, activations, and the peak of a training step. Needs no device."""
 
 import dataclasses
+import functools
 import math
 
-from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, Shape, is_matrix, matrix_sizes, parameter_shapes
+from jaxpar.config import Config, MeshConfig, ModelConfig
+from jaxpar.counts import ITEMSIZE, Shape, is_matrix, layer_elements, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,11 @@ PART_NAMES = {
 _LAYER = 2.2  # the gathered weights of a layer, times: most of them, and gradients in float32
 _LAYER_WHOLE = 1.0  # the same where nothing is gathered in the layer
 _WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
+_TWO_STAGES = 0.5  # of a stage's activations, twice, where its layers communicate: see `peak_memory`
 _LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
-def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
+def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     """Predicted peak of one training step on a device, without the CUDA context and NCCL's buffers.
 
     The largest of three moments: the loss, the layers' backward pass, and the gradient of the embedding.
@@ -62,34 +64,34 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     Args:
       config: the run.
       mesh: sizes of the axes.
-      chunks: parts of the model that each pipeline stage holds.
     """
     state, train, model = state_bytes(config, mesh), config.train, config.model
-    sizes = activation_bytes(config, mesh)
+    sizes, chunks = activation_bytes(config, mesh), config.parallel.chunks if mesh.pipeline > 1 else 1
     compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
     tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
-    L = model.layers // (mesh.pipeline * chunks)
-    layers = sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers.")) // shards
+    layers = layer_elements(model) // shards
     layer, ends = layers // (model.layers // mesh.pipeline), model.vocab_size * model.dim // shards
-    gathered_once = gathers_once(config, mesh) and mesh.fsdp > 1
+    gathered_once = config.parallel.gather == "per_step" and mesh.fsdp > 1
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
     entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
-
-    gradients, activations = state["gradients"], L * sum(sizes[name] for name in config.memory.kept)
-    if entered and (train.microbatches == 1 or mesh.pipeline > 1):
-        gradients += entered  # in the dtype of the entered weights, before they are cast; microbatches add in place
+    gradients = _gradients(config, mesh, state["gradients"], entered)
+    activations = model.layers // (mesh.pipeline * chunks) * sum(sizes[name] for name in config.memory.kept)
+    if mesh.pipeline * chunks == 2 and (mesh.tensor > 1 or (mesh.fsdp > 1 and not gathered_once)):
+        # The phases of forward and of backward passes alone are one tick each, no loops, and XLA moves zeros and
+        # results of the others' loops out of them: about half of the stacks exist twice.
+        activations += int(_TWO_STAGES * activations)
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
         activations=activations,
-        vocabulary=0,
+        vocabulary=compute * ends if mesh.pipeline > 1 else 0,  # the head's gradient waits to be added
         weights=entered + int(in_layer * compute * layer),
         working=int(_WORKING * sum(sizes.values())),
     )
-    residual = compute * tokens * model.dim
+    residual, in_flight = compute * tokens * model.dim, mesh.pipeline == 1
     loss = dict(
         gradients=gradients if train.microbatches > 1 else 0,
-        activations=activations,
+        activations=activations if in_flight else 0,
         vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards + (compute + 4) * ends,
         weights=entered,
         working=3 * residual,
@@ -99,22 +101,29 @@ def peak_memory(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> Peak:
     return Peak(
         parameters=state["parameters"],
         optimizer=0 if config.memory.offload_optimizer else state["optimizer"],
-        stash=_stash(mesh.pipeline, chunks, train.microbatches) * sizes["residual"],
+        stash=_stash(config, mesh) * sizes["residual"],
         batch=16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence),
         **{"activations": 0} | worst,
     )
 
 
-def _stash(stages: int, chunks: int, microbatches: int) -> int:
+def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
+    """Bytes of gradients in the backward pass, where they are added up over microbatches into `sums` bytes. Several
+    microbatches, and a pipeline, add to the sums in place; what jax makes of GPipe does not. A single one has them in
+    the dtype of the entered weights before they are cast."""
+    if mesh.pipeline > 1:
+        return sums * (3 if config.parallel.schedule == "gpipe" else 1)
+    return sums + (entered if config.train.microbatches == 1 else 0)
+
+
+def _stash(config: Config, mesh: MeshConfig) -> int:
     """Inputs of stages that wait for their backward pass; a stage's activations live only during it."""
-    if stages == 1:
+    p, M, v = mesh.pipeline, config.train.microbatches, config.parallel.chunks
+    if p == 1:
         return 0
-    return min(2 * stages - 1 if chunks == 1 else 2 * chunks * stages, microbatches * chunks)
-
-
-def gathers_once(config: Config, mesh: MeshConfig) -> bool:
-    """Whether weights are gathered over `fsdp` once a step: as asked, and always in a pipeline."""
-    return config.parallel.gather == "per_step" or mesh.pipeline > 1
+    if config.parallel.schedule == "gpipe":
+        return M + p - 1
+    return min(2 * p - 1 if v == 1 else 2 * v * p, M * v)
 
 
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
@@ -127,15 +136,14 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
     stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
-    gradient_shards = mesh.tensor * (1 if gathers_once(config, mesh) else mesh.fsdp)
+    gradient_shards = mesh.tensor * (1 if config.parallel.gather == "per_step" else mesh.fsdp)
     parameters = optimizer = gradients = 0
-    for name, shape in parameter_shapes(config.model).items():
-        split, gradient_split = (stored_shards, gradient_shards) if is_matrix(name) else (1, 1)
+    for name, size, matrix, sharded, replicated in _elements(config.model, config.optimizer.name):
+        split, gradient_split = (stored_shards, gradient_shards) if matrix else (1, 1)
         stages = 1 if name == "norm.scale" else mesh.pipeline
         split, gradient_split = split * stages, gradient_split * stages
-        parameters += item * math.prod(shape) // split
-        gradients += sum_item * math.prod(shape) // gradient_split
-        sharded, replicated = _optimizer_elements(config.optimizer.name, name, shape)
+        parameters += item * size // split
+        gradients += sum_item * size // gradient_split
         optimizer += item * (sharded // split + replicated)
     return {
         "parameters": parameters,
@@ -143,6 +151,15 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
         "optimizer": optimizer,
         "total": parameters + gradients + optimizer,
     }
+
+
+@functools.cache
+def _elements(model: ModelConfig, optimizer: str) -> list[tuple[str, int, bool, int, int]]:
+    """Of every parameter: its name, elements, whether it is a matrix, and elements of optimizer state."""
+    return [
+        (name, math.prod(shape), is_matrix(name), *_optimizer_elements(optimizer, name, shape))
+        for name, shape in parameter_shapes(model).items()
+    ]
 
 
 def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:

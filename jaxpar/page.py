@@ -37,8 +37,8 @@ def explain_page(report: Mapping[str, Any], timetable: str = "") -> str:
     )
 
 
-def plan_page(report: Mapping[str, Any], most: int = 40) -> str:
-    """The page of what `plan --json` writes."""
+def plan_page(report: Mapping[str, Any], timetable: str = "", most: int = 40) -> str:
+    """The page of what `plan --json` writes; `timetable` is the drawing of the best pipeline, as SVG."""
     rows = report["candidates"]
     fitting = [row for row in rows if row["fits"]]
     shown = [*fitting[:most], *[row for row in rows if not row["fits"]][: max(8, most - len(fitting))]]
@@ -50,7 +50,7 @@ def plan_page(report: Mapping[str, Any], most: int = 40) -> str:
             row["remat"],
             f'<span class="{"good" if row["fits"] else "bad"}">{human(row["memory"]["total"])}</span>'
             + (" compiled" if row["verified"] else ""),
-            f"{row['step_seconds']:.2f}",
+            f"{row['step_seconds']:.3g}",
             f"{row['tokens_per_second'] / report['devices']:,.0f}",
             f"{row['mfu']:.1%}",
             html.escape(row["reason"]),
@@ -67,6 +67,7 @@ def plan_page(report: Mapping[str, Any], most: int = 40) -> str:
         "Predictions by arithmetic, of one device and one step, the fastest first.",
         best_section,
         _section("Time of a step, seconds", "".join(map(_time_bar(shown), shown[:12]))),
+        _section(f"Timetable of {report['pipelined']}", f'<div class="scroll">{timetable}</div>') if timetable else "",
         _section(
             "Meshes",
             _table(["mesh", "#microbatches", "remat", "#peak", "#step s", "#tokens/s a GPU", "#MFU", "why"], table),
@@ -175,7 +176,7 @@ def _time_bar(rows: Sequence[Mapping[str, Any]]):
         spans = "".join(
             _span(s / longest, f"var(--c{_color(name)})", f"{name}: {s:.3f} s") for name, s in parts.items()
         )
-        told = ", ".join(f"{name} {s:.2f}" for name, s in parts.items() if s > 0.005 * row["step_seconds"])
+        told = ", ".join(f"{name} {s:.3g}" for name, s in parts.items() if s > 0.005 * row["step_seconds"])
         return f'<p><b>{_axes(row["mesh"])}</b> <span class="soft">{told}</span></p><div class="bar thin">{spans}</div>'
 
     return line

@@ -8,19 +8,22 @@ memory and time of each by arithmetic, and ranks by tokens/s. Sizes given as --m
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxpar import cli
 from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
-from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
+from jaxpar.config import AXES, REMAT, Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
 from jaxpar.counts import step_flops
 from jaxpar.hardware import NAMES, Hardware, find
 from jaxpar.memory import RESERVE, Peak, peak_memory
 from jaxpar.page import plan_page
+from jaxpar.timetable import picture
 from jaxpar.timing import StepTime, bubble_fraction, members_near, step_time
 from jaxpar.traffic import by_axes, transfers
 from jaxpar.validation import validate_mesh
@@ -32,10 +35,14 @@ class Candidate:
 
     config: Config
     mesh: MeshConfig
-    chunks: int
     peak: Peak
     time: StepTime
     fits: bool
+
+    @property
+    def chunks(self) -> int:
+        """Parts of the model that each pipeline stage holds."""
+        return self.config.parallel.chunks if self.mesh.pipeline > 1 else 1
 
     @property
     def seconds(self) -> float:
@@ -86,13 +93,13 @@ def rank(
         except ConfigError as error:
             refusal = error
             continue
-        for choice, chunks in choices(config, mesh):
+        for choice in choices(config, mesh):
             try:
                 validate_mesh(choice, mesh)
             except ConfigError as error:
                 refusal = error
                 continue
-            found.append(_first_that_fits(choice, mesh, chunks, hardware))
+            found.append(_first_that_fits(choice, mesh, hardware))
     if not found:
         raise ConfigError(f"no mesh of {devices} devices is legal for this config. The last one tried: {refusal}")
     return sorted(found, key=_order)
@@ -133,38 +140,51 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def choices(config: Config, mesh: MeshConfig) -> Iterator[tuple[Config, int]]:
-    """The config with each number of microbatches, way to gather and ZeRO-1; and pipeline chunks."""
+def choices(config: Config, mesh: MeshConfig) -> Iterator[Config]:
+    """The config with each number of microbatches, way to gather, ZeRO-1, and pipeline chunks.
+
+    Of the schedules only 1f1b: at the same bubble, gpipe holds the inputs of all microbatches and more gradients.
+    """
     sequences, rest = divmod(config.train.batch_size, mesh.batch_shards)
     if rest:
         return
-    gathers = ("per_layer", "per_step") if mesh.fsdp > 1 and mesh.pipeline == 1 else (config.parallel.gather,)
+    gathers = ("per_layer", "per_step") if mesh.fsdp > 1 else (config.parallel.gather,)
     zeros = ("none", "data") if mesh.data > 1 else (config.parallel.optimizer_sharding,)
     layers = config.model.layers // mesh.pipeline
     chunked = [n for n in (1, 2, 4) if layers % n == 0] if mesh.pipeline > 1 else [1]
     for microbatches in divisors(sequences):
+        if microbatches < min(mesh.pipeline, sequences):  # stages would be idle for half of the time
+            continue
         train = dataclasses.replace(config.train, microbatches=microbatches)
-        for gather in gathers:
-            for zero in zeros:
-                parallel = dataclasses.replace(config.parallel, gather=gather, optimizer_sharding=zero)
-                choice = dataclasses.replace(config, train=train, parallel=parallel)
-                for chunks in chunked:
-                    if mesh.pipeline > 1:
-                        parallel = dataclasses.replace(parallel, schedule="1f1b", chunks=chunks)
-                        choice = dataclasses.replace(choice, parallel=parallel)
-                    yield choice, chunks
+        for gather, zero, chunks in itertools.product(gathers, zeros, chunked):
+            if chunks > 1 and microbatches % mesh.pipeline:
+                continue
+            parallel = _parallel(config.parallel, gather, zero, chunks, mesh.pipeline > 1)
+            yield dataclasses.replace(config, train=train, parallel=parallel)
 
 
-def _first_that_fits(config: Config, mesh: MeshConfig, chunks: int, hardware: Hardware) -> Candidate:
+@functools.cache
+def _parallel(before: ParallelConfig, gather: str, zero: str, chunks: int, pipelined: bool) -> ParallelConfig:
+    schedule = "1f1b" if pipelined else before.schedule
+    return dataclasses.replace(before, gather=gather, optimizer_sharding=zero, chunks=chunks, schedule=schedule)
+
+
+@functools.cache
+def _policies(before: MemoryConfig) -> list[MemoryConfig]:
+    """With every remat policy, from the one that keeps all to the one that keeps least."""
+    return [dataclasses.replace(before, remat=remat) for remat in REMAT]
+
+
+def _first_that_fits(config: Config, mesh: MeshConfig, hardware: Hardware) -> Candidate:
     """With the remat policy that recomputes least of those that fit; else with the one that holds least."""
     room = hardware.memory_bytes - RESERVE
-    for remat in REMAT:  # from the one that keeps all to the one that keeps least
-        choice = dataclasses.replace(config, memory=dataclasses.replace(config.memory, remat=remat))
-        peak = peak_memory(choice, mesh, chunks=chunks)
+    for memory in _policies(config.memory):
+        choice = dataclasses.replace(config, memory=memory)
+        peak = peak_memory(choice, mesh)
         if peak.total <= room:
             break
-    time = step_time(choice, mesh, hardware, chunks=chunks)
-    return Candidate(choice, mesh, chunks, peak, time, peak.total <= room)
+    time = step_time(choice, mesh, hardware)
+    return Candidate(choice, mesh, peak, time, peak.total <= room)
 
 
 def best_of_each_mesh(ranked: Iterable[Candidate]) -> list[Candidate]:
@@ -186,21 +206,25 @@ def reason(candidate: Candidate, best: Candidate, hardware: Hardware) -> str:
         f"waits for {_across(axes, candidate, hardware)}": seconds - best.time.exposed.get(axes, 0.0)
         for axes, seconds in time.exposed.items()
     }
-    losses["recomputes and multiplies narrower matrices"] = time.matmul - best.time.matmul
+    again = candidate.config.memory.remat != best.config.memory.remat or candidate.mesh.pipeline != best.mesh.pipeline
+    losses["multiplies again or narrower" if again else "multiplies narrower matrices"] = time.matmul - best.time.matmul
     losses["computes attention again"] = time.attention - best.time.attention
     losses["moves more memory"] = time.memory - best.time.memory
     losses["stages idle"] = time.bubble - best.time.bubble
     worst = sorted(((s, name) for name, s in losses.items() if s > 0.002 * best.seconds), reverse=True)[:2]
     if worst:
         share = candidate.seconds / best.seconds - 1
-        return f"{share:.1%} slower: " + ", ".join(f"{name} (+{s:.2f} s)" for s, name in worst)
+        return f"{share:.1%} slower: " + ", ".join(f"{name} (+{duration(s)})" for s, name in worst)
     waits = sum(time.exposed.values())
     covered = sum(time.hidden.values())
     told = f"{time.compute / time.total:.0%} of the step is computation"
     if covered:
-        told += f"; {covered:.2f} s of {' and '.join(time.hidden)} traffic run beside it"
+        told += f"; {duration(covered)} of {' and '.join(time.hidden)} traffic run beside it"
     if waits > 0.001 * time.total:
-        told += f", {waits:.2f} s are waited for"
+        most = sorted(time.exposed, key=lambda axes: -time.exposed[axes])[:2]
+        told += f"; {duration(waits)} of traffic are waited for, most of it over {' and '.join(most)}"
+    if time.bubble:
+        told += f"; stages idle for {duration(time.bubble)}"
     return f"{told}; {gib(hardware.memory_bytes - RESERVE - peak.total)} GiB to spare"
 
 
@@ -218,6 +242,10 @@ def _whole(candidate: Candidate) -> str:
     return f"; nothing of them is shared out over {' and '.join(axes)}" if axes else ""
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def gib(count: float) -> str:
     return f"{count / 2**30:.1f}"
 
@@ -225,7 +253,7 @@ def gib(count: float) -> str:
 def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[str, Any]:
     """One candidate as `--json` writes it: bytes of a device, seconds of a step."""
     config, time = candidate.config, candidate.time
-    found = transfers(config, candidate.mesh, chunks=candidate.chunks)
+    found = transfers(config, candidate.mesh)
     return {
         "mesh": dataclasses.asdict(candidate.mesh),
         "microbatches": config.train.microbatches,
@@ -272,37 +300,93 @@ def verify(rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Ha
             row["communication"][axes] = row["communication"].get(axes, 0) + found["bytes"]
 
 
+def illegal(config: Config, devices: int, fixed: Mapping[str, int | None]) -> dict[str, list[MeshConfig]]:
+    """Meshes that the rules of the config refuse, by the rule that does, the one that refuses most first. Of rules that
+    differ in numbers alone, the words of the first."""
+    found: dict[str, tuple[str, list[MeshConfig]]] = {}
+    for mesh in meshes(devices, fixed):
+        choice = next(choices(config, mesh), None)
+        try:
+            if choice is None:
+                batch, shards = config.train.batch_size, mesh.batch_shards
+                raise ConfigError(f"train.batch_size={batch} is not divisible by data x fsdp x expert = {shards}")
+            validate_mesh(choice, mesh)
+        except ConfigError as error:
+            found.setdefault(re.sub(r"\d+", "", str(error).split(";")[0]), (str(error), []))[1].append(mesh)
+    return dict(sorted(found.values(), key=lambda rule: -len(rule[1])))
+
+
+def fewest_that_fit(config: Config, hardware: Hardware, devices: int, most: int = 4096) -> Candidate | None:
+    """The best on twice as many devices, or four times, and so on: the first of these that fits."""
+    while (devices := 2 * devices) <= most:
+        try:
+            best = rank(config, hardware, devices)[0]
+        except ConfigError:
+            continue
+        if best.fits:
+            return best
+    return None
+
+
 def print_table(report: dict[str, Any], top: int) -> None:
+    """The best, and the smallest of those that do not fit: figures, and beside them the mesh, its settings, and why."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Column, Table
 
-    rows = report["candidates"]
+    rows, console = report["candidates"], Console(highlight=False)
     fitting = [row for row in rows if row["fits"]]
-    table = Table(
-        Column("mesh"), "micro-\nbatches", "remat", "gather", "ZeRO", "peak\nGiB", "step s", "tokens/s\na GPU", "MFU",
-        Column("why", ratio=1),
-        title=f"{report['devices']} x {report['hardware']}: {len(fitting)} of {len(rows)} meshes fit; predictions",
-    )  # fmt: skip
-    shown = fitting[:top] + [row for row in rows if not row["fits"]][: 3 if fitting else top]
-    for row in shown:
-        peak = gib(row["memory"]["total"]) + (" compiled" if row["verified"] else "")
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("peak\nGiB", "step", "tokens/s\na GPU", "MFU"))
+    table = Table(*numbers, Column("mesh, settings, why", ratio=1), box=None, padding=(0, 2, 1, 0), pad_edge=False)
+    for row in fitting[:top] + [row for row in rows if not row["fits"]][: 3 if fitting else top]:
+        peak = gib(row["memory"]["total"]) + ("\ncompiled" if row["verified"] else "")
         table.add_row(
-            str(MeshConfig(**row["mesh"])),
-            str(row["microbatches"]),
-            row["remat"],
-            row["gather"] if row["mesh"]["fsdp"] > 1 else "",
-            row["optimizer_sharding"] if row["mesh"]["data"] > 1 else "",
             peak if row["fits"] else f"[red]{peak}",
-            f"{row['step_seconds']:.2f}",
+            duration(row["step_seconds"]),
             f"{row['tokens_per_second'] / report['devices']:,.0f}",
             f"{row['mfu']:.1%}",
-            row["reason"],
+            f"[bold]{MeshConfig(**row['mesh'])}[/bold]\n{_settings(row)}\n{escape(row['reason'])}",
         )
-    Console().print(table)
-    if fitting:
-        print(f"start the first with: {fitting[0]['flags']}")
-    else:
-        print("no mesh fits: use more devices, a smaller batch or shorter sequences")
+    title = f"{report['devices']} x {report['hardware']}: {len(fitting)} of {len(rows)} legal meshes fit"
+    console.print(f"[bold]{title}[/bold]; predictions by arithmetic\n")
+    console.print(table)
+    for rule, refused in list(report["illegal"].items())[:3]:
+        count = f"{len(refused)} mesh{'es' if len(refused) > 1 else ''}"
+        console.print(f"not legal, {count}: {escape(rule)}", style="dim")
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    count, chunks = row["microbatches"], row["chunks"]
+    told = {
+        f"{count} microbatch{'es' if count > 1 else ''}": True,
+        f"remat {row['remat']}": True,
+        f"weights gathered {row['gather'].replace('_', ' ')}": row["mesh"]["fsdp"] > 1,
+        "ZeRO-1": row["mesh"]["data"] > 1 and row["optimizer_sharding"] == "data",
+        f"{row['schedule']}, {chunks} chunk{'s' if chunks > 1 else ''} a stage": row["mesh"]["pipeline"] > 1,
+    }
+    return ", ".join(text for text, here in told.items() if here)
+
+
+def draw(config: Config, stages: int) -> str:
+    """The picture of a run's pipeline."""
+    parallel = config.parallel
+    return picture(parallel.schedule, stages, config.train.microbatches, parallel.chunks)
+
+
+def best_pipeline(config: Config, mesh: Mapping[str, int | None], ranked: list[Candidate]) -> tuple[str, str]:
+    """What to draw, in words and as SVG: the pipeline of the config's own settings where the mesh is given with one,
+    else of the best candidate that has one; "" and "" where none has.
+
+    Raises:
+      ConfigError: the settings and the given mesh do not go together.
+    """
+    if (stages := mesh.get("pipeline") or 1) > 1:
+        validate_mesh(config, MeshConfig(pipeline=stages))
+        return f"the config's own pipeline={stages} with {config.train.microbatches} microbatches", draw(config, stages)
+    for place, found in enumerate(ranked, 1):
+        if found.mesh.pipeline > 1:
+            return f"the best pipelined mesh, number {place}: {found.mesh}", draw(found.config, found.mesh.pipeline)
+    return "", ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,31 +400,60 @@ def main(argv: list[str] | None = None) -> int:
         timeout=cli.Option(600.0, "seconds that one compilation may take"),
         json=cli.Option(None, "write all meshes as JSON to this file; - is standard output, and nothing else"),
         html=cli.Option(None, "write a page to this file"),
+        timetable=cli.Option(None, "draw the pipeline of --mesh.pipeline, or of the best mesh with one, as SVG"),
     )
     options, config = request.options, request.config
     if options["devices"] < 1:
         raise ConfigError(f"--devices={options['devices']} must be at least 1")
     hardware = find(options["hardware"])
-    for flag in ("json", "html"):
+    for flag in ("json", "html", "timetable"):
         if options[flag] != "-":
             cli.check_output(flag, options[flag])
     if options["verify_top"]:
         check_gpu_compiler()
     ranked = best_of_each_mesh(rank(config, hardware, options["devices"], request.mesh))
+    pipelined, drawing = best_pipeline(config, request.mesh, ranked)
+    if options["timetable"] and not drawing:
+        raise ConfigError(f"--timetable={options['timetable']}: no legal mesh of these devices has a pipeline")
     rows = [as_json(candidate, ranked[0], hardware) for candidate in ranked]
     if options["verify_top"]:
         verify(rows[: options["verify_top"]], ranked, hardware, options["timeout"])
         rows.sort(key=lambda row: not row["fits"])
-    report = {"hardware": hardware.name, "devices": options["devices"], "candidates": rows}
+    report = {
+        "hardware": hardware.name,
+        "devices": options["devices"],
+        "pipelined": pipelined,
+        "candidates": rows,
+        "illegal": {
+            rule: [str(mesh) for mesh in refused]
+            for rule, refused in illegal(config, options["devices"], request.mesh).items()
+        },
+    }
     if options["html"]:
-        Path(options["html"]).write_text(plan_page(report))
+        Path(options["html"]).write_text(plan_page(report, drawing))
+    if options["timetable"]:
+        Path(options["timetable"]).write_text(drawing)
     if options["json"] == "-":
         print(json.dumps(report))
-    else:
-        print_table(report, options["top"])
-        if options["json"]:
-            Path(options["json"]).write_text(json.dumps(report, indent=2) + "\n")
+        return 0 if any(row["fits"] for row in rows) else 1
+    print_table(report, options["top"])
+    print_verdict(report, config, hardware)
+    if options["timetable"]:
+        print(f"{options['timetable']}: timetable of {pipelined}")
+    if options["json"]:
+        Path(options["json"]).write_text(json.dumps(report, indent=2) + "\n")
     return 0 if any(row["fits"] for row in rows) else 1
+
+
+def print_verdict(report: Mapping[str, Any], config: Config, hardware: Hardware) -> None:
+    """How to start the best; or how many devices it takes."""
+    best = next((row for row in report["candidates"] if row["fits"]), None)
+    if best:
+        print("start the first with:", *best["flags"].split(), sep="\n  ")
+        return
+    print("no mesh fits: use more devices, a smaller batch or shorter sequences")
+    if enough := fewest_that_fit(config, hardware, report["devices"]):
+        print(f"--devices={enough.mesh.devices} is enough, with {enough.mesh} ({gib(enough.peak.total)} GiB)")
 
 
 if __name__ == "__main__":

@@ -64,16 +64,16 @@ def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterato
                     if changed != config and len(differing := _flags(changed, config)) <= 2:
                         yield " ".join(differing), changed, mesh
     for candidate in plan.best_of_each_mesh(plan.rank(config, hardware, mesh.devices))[:8]:
-        if candidate.mesh != mesh and candidate.chunks == 1:
+        if candidate.mesh != mesh:
             axes = zip(AXES, candidate.mesh.shape, mesh.shape, strict=True)
             sizes = [f"--mesh.{axis}={size}" for axis, size, before in axes if size != before]
             yield " ".join([*sizes, *_flags(candidate.config, config)]), candidate.config, candidate.mesh
 
 
 def _flags(config: Config, before: Config) -> list[str]:
-    fields = ("train.microbatches", "memory.remat", "parallel.gather", "parallel.optimizer_sharding")
+    fields = ("gather", "optimizer_sharding", "schedule", "chunks")
     found = []
-    for path in fields:
+    for path in ("train.microbatches", "memory.remat", *(f"parallel.{name}" for name in fields)):
         group, name = path.split(".")
         value = getattr(getattr(config, group), name)
         if value != getattr(getattr(before, group), name):

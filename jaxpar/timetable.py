@@ -1,7 +1,5 @@
 """The timetable of a pipeline: which stage works on what at which tick, as data; and its picture.
 
-  python -m jaxpar.timetable --stages=4 --microbatches=8 --chunks=2 [--schedule=1f1b] [--output=timetable.svg]
-
 Notation: p stages, M microbatches, v chunks a stage. With v > 1 the layers go round the stages v times (Narayanan et
 al., 2021): virtual stage c p + s is chunk c of stage s. A tick is a forward pass of a chunk, a backward pass, or both,
 on all stages alike, so no device waits in a collective that another never enters.
@@ -14,10 +12,9 @@ In either case v M + p - 1 ticks have a forward and as many a backward pass: tim
 B the times of a whole stage; the bubble, the share in which a stage has nothing to do, is (p - 1) / (v M + p - 1).
 """
 
-import argparse
 import dataclasses
+import functools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 SCHEDULES = ("gpipe", "1f1b")
@@ -115,6 +112,49 @@ def timetable(schedule: str, stages: int, microbatches: int, chunks: int = 1) ->
     return Timetable(p, M, v, tuple(ticks), max(slots))
 
 
+def in_all(needed: int, ticks: int) -> bool:
+    """Whether what only some ticks of a phase need runs in all of them, to be masked: where most need it. Elsewhere it
+    stands in a branch."""
+    return 2 * needed >= ticks
+
+
+class Turns(NamedTuple):
+    """How often a device runs the parts of a step, idle ticks included. `chunks`: the layers of a chunk, forward and as
+    often backward; `enter`, `finish`, `leave`: embedding, head with loss, and the embedding's gradient. `listed` are
+    the same three as the program lists them, where a branch counts in every tick."""
+
+    chunks: int
+    enter: int
+    finish: int
+    leave: int
+    listed: tuple[int, int, int]
+
+
+@functools.cache
+def turns(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> Turns:
+    """Those of a timetable, without making it: plans ask for thousands."""
+    p, M, v = stages, microbatches, chunks
+    ticks = v * M + p - 1
+    if schedule == "gpipe":
+        first = min(p - 1, M)
+        entered = _run([(p - 1, first), (M, M - first)])
+        return Turns(ticks, entered[0], M, entered[0], (entered[1], M, entered[1]))
+    own = v * p - 1, v * M - v * p + p, v * p - 1  # of forward passes, of both, of backward passes
+    begun = min(p, own[0]) if v > 1 else min(p - 1, M)  # in the ticks of forward passes; as many end in the last ones
+    around = _run([(own[0], begun), (own[1], M - begun)])
+    due = _run([(own[1], M)])
+    return Turns(ticks, around[0], due[0], around[0], (around[1], due[1], around[1]))
+
+
+def _run(phases: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Ticks that run a part that so many of a phase's ticks need, and as the program lists them."""
+    runs = listed = 0
+    for length, needed in phases:
+        runs += (length if in_all(needed, length) else needed) if needed else 0
+        listed += length if needed else 0
+    return runs, listed
+
+
 def forward_only(timetable: Timetable) -> Timetable:
     """The same without backward passes, for evaluation."""
     none = (None,) * timetable.stages
@@ -203,6 +243,22 @@ def svg(timetable: Timetable, title: str = "") -> str:
     )
 
 
+MOST = 64
+"""Microbatches that a picture has at most."""
+
+
+def picture(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> str:
+    """The Gantt chart of a run, of its first microbatches where they are many."""
+    whole = timetable(schedule, stages, microbatches, chunks)
+    if microbatches <= MOST:
+        return svg(whole, schedule)
+    few = max(stages, MOST // stages * stages)
+    drawn = timetable(schedule, stages, few, chunks)
+    return svg(
+        drawn, f"{schedule}, drawn with {few} of {microbatches} microbatches; with all: bubble {whole.bubble:.1%}"
+    )
+
+
 def _box(x: int, y: int, width: int, height: int, work: Work, colours: tuple[str, ...]) -> str:
     shade = min(work.chunk, len(colours) - 1)
     ink = "white" if shade > 1 else "black"
@@ -216,24 +272,3 @@ def _text(x: float, y: float, text: str, anchor: str, *, ink: str = "black", siz
         f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{ink}" font-size="{size}" font-weight="{weight}">'
         f"{text}</text>"
     )
-
-
-def main(argv: Iterable[str] | None = None) -> int:
-    summary, _, _ = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary)
-    for name, default in (("stages", 4), ("microbatches", 8), ("chunks", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b")
-    parser.add_argument("--output", type=Path, default=Path("timetable.svg"))
-    options = parser.parse_args(None if argv is None else list(argv))
-    try:
-        table = timetable(options.schedule, options.stages, options.microbatches, options.chunks)
-    except ValueError as error:
-        parser.error(str(error))
-    options.output.write_text(svg(table, options.schedule))
-    print(describe(table))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,34 +1,21 @@
 """Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their links, bubble.
 
-The constants are shares of a peak. None was measured with jaxpar on a GPU yet: `MATMUL` and `COPY` are what an H200
-reached on plain matmuls and copies (788 of 989 TFLOP/s, 4.3 of 4.8 TB/s), the others are assumptions.
+What is reached of the peaks is in `hardware.Rates`, which `scripts/calibrate.py` measures. None was measured with
+jaxpar on a GPU yet; the constants here are assumptions.
 """
 
 import dataclasses
+import functools
 import math
 
 from jaxpar.config import AXES, Config, MeshConfig
 from jaxpar.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
 from jaxpar.hardware import Hardware
+from jaxpar.timetable import turns
 from jaxpar.traffic import Transfer, transfers
-
-MATMUL = 0.80
-"""Of the dense peak, for matmuls that fill the GPU."""
-
-ATTENTION = 0.55
-"""Of the dense peak, for fused attention, forward and backward together."""
-
-COPY = 0.90
-"""Of the memory bandwidth."""
-
-LINK = 0.80
-"""Of the bandwidth of links and network, for large collectives."""
 
 HIDDEN = 0.90
 """Of the computation beside which collectives can run that nothing waits for; they slow it down a little."""
-
-HALF = 128
-"""Width of a matmul at which it runs at half of its rate: tiles are left empty, and launches show."""
 
 LATENCY = 10e-6
 """Seconds that a collective takes however small it is."""
@@ -59,17 +46,18 @@ class StepTime:
         return self.compute + sum(self.exposed.values()) + self.bubble
 
 
-def step_time(config: Config, mesh: MeshConfig, hardware: Hardware, *, chunks: int = 1) -> StepTime:
+def step_time(config: Config, mesh: MeshConfig, hardware: Hardware) -> StepTime:
     """Predicted time of one training step.
 
     Args:
       config: the run.
       mesh: sizes of the axes, laid out with `tensor` innermost.
       hardware: rates and links.
-      chunks: parts of the model that each pipeline stage holds.
     """
     matmul, attention, memory = _compute(config, mesh, hardware)
-    found = transfers(config, mesh, chunks=chunks)
+    # Idle stages compute something and drop it; what they send is among the transfers.
+    bubble = (matmul + attention) * (mesh.pipeline - 1) / (config.parallel.chunks * config.train.microbatches)
+    found = transfers(config, mesh)
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
     for transfer in found:
@@ -77,14 +65,12 @@ def step_time(config: Config, mesh: MeshConfig, hardware: Hardware, *, chunks: i
         into = hidden if transfer.hidden else exposed
         name = "+".join(transfer.axes)
         into[name] = into.get(name, 0.0) + seconds
-    cover = HIDDEN * (matmul + attention)
+    cover = HIDDEN * (matmul + attention + bubble)
     late = max(0.0, sum(hidden.values()) - cover)  # what does not fit beside the computation
     if late:
         share = late / sum(hidden.values())
         for name, seconds in hidden.items():
             exposed[name] = exposed.get(name, 0.0) + share * seconds
-    busy = matmul + attention + sum(exposed.values())
-    bubble = busy * (mesh.pipeline - 1) / (chunks * config.train.microbatches)
     return StepTime(matmul, attention, memory, exposed, hidden, bubble)
 
 
@@ -100,14 +86,14 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     peak = hardware.peaks.get(config.precision.compute, hardware.peaks["float32"])
     tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
     shards = mesh.tensor * mesh.pipeline
-    rate = MATMUL * peak
+    rates = hardware.rates
     matmul = sum(
-        tokens * operations * (narrow + HALF) / narrow / shards / rate
+        tokens * operations * (1 + rates.matmul_half / narrow) / shards / (rates.matmul_share * peak)
         for operations, narrow in _matmuls(config, mesh, tokens / train.microbatches)
     )
     again = recomputed(config, mesh.pipeline).get("attention", 0)
-    attention = tokens * (flops.attention + again) / shards / (ATTENTION * peak)
-    bandwidth = COPY * hardware.memory_bandwidth
+    attention = tokens * (flops.attention + again) / shards / (rates.attention_share * peak)
+    bandwidth = rates.copy_share * hardware.memory_bandwidth
     item = ITEMSIZE[config.precision.compute]
     whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
     # Read and written by norms, rotation, SwiGLU and residual, forward and twice as much backward.
@@ -122,9 +108,10 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
 def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
     """Operations a token of all devices together, recomputation included, and the narrowest side on one device."""
     model, shapes = config.model, parameter_shapes(config.model)
-    again = recomputed(config, mesh.pipeline)
-    head = 6 * model.dim * model.vocab_size, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
-    found: list[tuple[float, float]] = [head]
+    again, parallel, M = recomputed(config, mesh.pipeline), config.parallel, config.train.microbatches
+    losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish if mesh.pipeline > 1 else M
+    head = 6 * model.dim * model.vocab_size * losses / M
+    found: list[tuple[float, float]] = [(head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))]
     for name, label in LABELS.items():
         operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
         across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
@@ -146,14 +133,13 @@ LABELS = {
 
 def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
     """Operations a token, of all layers, that the backward pass does again: by the name of the matmul's result, and
-    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything again."""
+    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything once more."""
     model, kept = config.model, config.memory.kept + config.memory.offloaded
     shapes = parameter_shapes(model)
     costs = {label: 2 * math.prod(shapes[f"layers.{name}"]) for name, label in LABELS.items()}
     costs["attention"] = 2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
-    if stages > 1:
-        return costs
-    return {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
+    again = {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
+    return {name: cost + again.get(name, 0) for name, cost in costs.items()} if stages > 1 else again
 
 
 def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
@@ -162,6 +148,7 @@ def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
     return collective_seconds(transfer.kind, transfer.size, devices, near, hardware)
 
 
+@functools.cache
 def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
     """How many members of a device's group over `axes` sit in its domain of fast links, inner axes first."""
     near, stride = 1, 1
@@ -189,4 +176,4 @@ def collective_seconds(kind: str, size: float, devices: int, near: int, hardware
     bandwidth = hardware.link if near >= devices else min(hardware.link, hardware.network * near)
     share = 1.0 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1) / devices
     steps = 1 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1)
-    return LATENCY + steps * HOP[near >= devices] + share * size / (LINK * bandwidth)
+    return LATENCY + steps * HOP[near >= devices] + share * size / (hardware.rates.link_share * bandwidth)

@@ -6,72 +6,88 @@ left out.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, matrix_sizes, parameter_shapes
+from jaxpar.counts import ITEMSIZE, layer_elements, matrix_sizes, parameter_count
+from jaxpar.timetable import turns
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """`count` collectives of `size` bytes over `axes` in a step. `hidden`: it has nothing to wait for, and so runs
-    beside the computation of a layer; the rest is waited for."""
+    beside the computation of a layer; the rest is waited for. `listed`: as the compiled program has them, if that is
+    another number: some of a pipeline's stand in a branch, which counts as taken in every tick."""
 
     kind: str
     axes: tuple[str, ...]
     size: float
     count: int
     hidden: bool = False
-
-    @property
-    def bytes(self) -> float:
-        return self.size * self.count
+    listed: int | None = None
 
 
-def transfers(config: Config, mesh: MeshConfig, *, chunks: int = 1) -> list[Transfer]:
-    """The collectives of one step on one device.
-
-    Args:
-      config: the run.
-      mesh: sizes of the axes; collectives over axes of size 1 are left out.
-      chunks: parts of the model that each pipeline stage holds.
-    """
-    every = [*_weights(config, mesh), *_activations(config, mesh), *_pipeline(config, mesh, chunks)]
+def transfers(config: Config, mesh: MeshConfig) -> list[Transfer]:
+    """The collectives of one step on one device; those over axes of size 1 are left out."""
+    run = _turns(config, mesh)
+    every = [*_weights(config, mesh, run), *_activations(config, mesh, run)]
+    every += _pipeline(config, mesh, run) if mesh.pipeline > 1 else ()
     return [transfer for transfer in every if transfer.axes and transfer.size]
 
 
-def by_axes(found: list[Transfer]) -> dict[str, float]:
-    """Bytes by axes, as `fsdp` or `data+sequence`."""
+def by_axes(found: list[Transfer], *, listed: bool = False) -> dict[str, float]:
+    """Bytes by axes, as `fsdp` or `data+sequence`: as sent, or as the compiled program lists them."""
     sums: dict[str, float] = {}
     for transfer in found:
         name = "+".join(transfer.axes)
-        sums[name] = sums.get(name, 0.0) + transfer.bytes
+        count = transfer.listed if listed and transfer.listed is not None else transfer.count
+        sums[name] = sums.get(name, 0.0) + transfer.size * count
     return sums
 
 
-def _weights(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """How often a device runs what, in a step. `layers`: a layer and its backward pass; `forwards`: forward passes of
+    each but the one that remat asks for (a pipeline's backward pass starts from the input of a chunk); `ends`:
+    embedding, head with loss, gradient of the embedding, and the three as the program lists them."""
+
+    layers: int
+    forwards: int
+    ends: tuple[int, int, int]
+    listed: tuple[int, int, int]
+
+
+def _turns(config: Config, mesh: MeshConfig) -> _Turns:
+    parallel, M, L = config.parallel, config.train.microbatches, config.model.layers
+    if mesh.pipeline == 1:
+        return _Turns(L * M, 1, (M, M, M), (M, M, M))
+    found = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks)
+    ends = found.enter, found.finish, found.leave
+    return _Turns(L // (mesh.pipeline * parallel.chunks) * found.chunks, 2, ends, found.listed)
+
+
+def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:
     """Gathers of weights, reductions of their gradients."""
     model, parallel = config.model, config.parallel
     compute, summed = ITEMSIZE[config.precision.compute], ITEMSIZE[config.precision.grad_reduce]
     sizes = matrix_sizes(model)
-    layers = sum(size for name, size in sizes.items() if name.startswith("layers.")) / (mesh.tensor * mesh.pipeline)
+    layers = layer_elements(model) / (mesh.tensor * mesh.pipeline)
     embedding = sizes["embedding"] / (mesh.tensor * mesh.pipeline)
     ends = embedding * (1 if model.tie_embeddings else 2)
-    count, L = config.train.microbatches, model.layers // mesh.pipeline
+    layer = layers * mesh.pipeline / model.layers
     zero = parallel.optimizer_sharding == "data" and mesh.data > 1
-    once = parallel.gather == "per_step" or mesh.pipeline > 1
     fsdp = ("fsdp",) if mesh.fsdp > 1 else ()
     if zero:
         yield Transfer("all-gather", ("data",), compute * (layers + ends) / mesh.fsdp, 1)
-    if once:
+    if parallel.gather == "per_step":
         yield Transfer("all-gather", fsdp, compute * (layers + ends), 1)
         yield Transfer("reduce-scatter", fsdp, summed * (layers + ends), 1)
     else:
-        yield Transfer("all-gather", fsdp, compute * layers / L, 2 * L * count, hidden=True)
-        yield Transfer("all-gather", fsdp, compute * embedding, 2 * count, hidden=True)
-        yield Transfer("reduce-scatter", fsdp, summed * layers / L, L * count, hidden=True)
-        yield Transfer("reduce-scatter", fsdp, summed * embedding, 2 * count, hidden=True)
+        (enter, finish, leave), listed, runs = turns.ends, turns.listed, turns.layers
+        yield Transfer("all-gather", fsdp, compute * layer, (1 + turns.forwards) * runs, hidden=True)
+        yield Transfer("reduce-scatter", fsdp, summed * layer, runs, hidden=True)
+        yield Transfer("all-gather", fsdp, compute * embedding, enter + finish, True, listed[0] + listed[1])
+        yield Transfer("reduce-scatter", fsdp, summed * embedding, leave + finish, True, listed[2] + listed[1])
     left = summed * (layers + ends) / mesh.fsdp
     if zero:
         yield Transfer("reduce-scatter", ("data",), left, 1)
@@ -79,64 +95,85 @@ def _weights(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
     axes = ("data",) if mesh.data > 1 and not zero else ()
     axes += tuple(axis for axis in ("expert", "sequence") if getattr(mesh, axis) > 1)
     yield Transfer("all-reduce", axes, left, 1)
-    scales = summed * sum(map(math.prod, parameter_shapes(model).values())) - summed * sum(sizes.values())
+    scales = summed * (parameter_count(model) - sum(sizes.values()))
     spread = [axis for axis in ("data", "fsdp", "expert", "sequence") if getattr(mesh, axis) > 1]
     spread += ["tensor"] * (mesh.tensor > 1 and parallel.sequence_parallel)
     yield Transfer("all-reduce", tuple(spread), scales / mesh.pipeline, 1)
 
 
-def _activations(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
+def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:
     """What layers exchange over `tensor` and `sequence`, and embedding and head over `tensor`."""
     model, train, kept = config.model, config.train, config.memory.kept + config.memory.offloaded
     item = ITEMSIZE[config.precision.compute]
     sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
     tokens = sequences * config.data.sequence_length
     residual = item * tokens * model.dim / mesh.sequence
-    runs = model.layers // mesh.pipeline * train.microbatches
+    if vocabulary := tuple(axis for axis in ("pipeline", "tensor") if getattr(mesh, axis) > 1):
+        chunk = min(config.loss.chunk, tokens // mesh.sequence)
+        chunks = -(-tokens // mesh.sequence // chunk)
+        for numbers in (1, 2):  # of a token, in float32: the largest logit; the sum, and the target's
+            size = 4 * numbers * chunk
+            yield Transfer("all-reduce", vocabulary, size, chunks * turns.ends[1], listed=chunks * turns.listed[1])
     if mesh.tensor > 1:
-        # The head and the embedding are shared out over the stages, but every stage has the tokens of all of them.
-        if config.parallel.sequence_parallel:
-            again = ("attention_input" not in kept) + ("mlp_input" not in kept)
-            yield Transfer("all-gather", ("tensor",), residual, (4 + again) * runs + 2 * train.microbatches)
-            scatters = 4 + ("attention_output" not in kept)
-            yield Transfer("reduce-scatter", ("tensor",), residual, scatters * runs + 2 * train.microbatches)
-        else:
-            sums = 4 + ("attention_output" not in kept)
-            yield Transfer("all-reduce", ("tensor",), residual, sums * runs + 2 * train.microbatches)
+        yield from _tensor(config, residual, turns, kept, pipelined=mesh.pipeline > 1)
     if mesh.sequence > 1:
-        yield from _context(config, mesh, item * tokens, runs)
+        yield from _context(config, mesh, item * tokens, turns)
 
 
-def _context(config: Config, mesh: MeshConfig, tokens: float, runs: int) -> Iterator[Transfer]:
+def _tensor(
+    config: Config, residual: float, turns: _Turns, kept: tuple[str, ...], *, pipelined: bool
+) -> Iterator[Transfer]:
+    """Two halves of a layer, each there and back; the head's input and its gradient, the embedding's rows and
+    theirs."""
+    axes, runs, (enter, finish, leave), listed = ("tensor",), turns.layers, turns.ends, turns.listed
+    there = 2 * turns.forwards
+    out = there + 2 + ("attention_output" not in kept)
+    if config.parallel.sequence_parallel:
+        again = ("attention_input" not in kept) + ("mlp_input" not in kept)
+        yield Transfer("all-gather", axes, residual, (there + 2 + again) * runs)
+        yield Transfer("reduce-scatter", axes, residual, out * runs)
+        yield Transfer("all-gather", axes, residual, finish + leave, listed=listed[1] + listed[2])
+        yield Transfer("reduce-scatter", axes, residual, finish + enter, listed=listed[1] + listed[0])
+    else:
+        yield Transfer("all-reduce", axes, residual, out * runs)
+        if not pipelined:  # else over both axes at once, see there
+            yield Transfer("all-reduce", axes, residual, finish + enter)
+
+
+def _context(config: Config, mesh: MeshConfig, tokens: float, turns: _Turns) -> Iterator[Transfer]:
     """Context parallelism; `tokens` is bytes of one number for every token of the whole sequence."""
     model, axes, n = config.model, ("sequence",), mesh.sequence
     kept = config.memory.kept + config.memory.offloaded
     keys = tokens * model.kv_heads * model.head_dim / mesh.tensor
     queries = tokens * model.heads * model.head_dim / mesh.tensor
-    again = "attention" not in kept
+    again, runs, more = "attention" not in kept, turns.layers, turns.forwards - 1
     if config.parallel.context == "all_gather":
-        yield Transfer("all-gather", axes, keys, 4 * runs)
+        yield Transfer("all-gather", axes, keys, (4 + 2 * more) * runs)
         yield Transfer("reduce-scatter", axes, keys, 2 * runs)
     elif config.parallel.context == "ring":
         # Keys and values go round but for the last hop, their gradients all the way. Of two devices, the one hop that
         # is recomputed is that of the backward pass.
-        turns = 2 if again and n > 2 else 1
-        yield Transfer("collective-permute", axes, 2 * keys / n, (turns * (n - 1) + 2 * n - 1) * runs, hidden=True)
+        rounds = (2 if again and n > 2 else 1) + more
+        yield Transfer("collective-permute", axes, 2 * keys / n, (rounds * (n - 1) + 2 * n - 1) * runs, hidden=True)
     else:
-        yield Transfer("all-to-all", axes, queries / n, (4 + 2 * again) * runs)
-        yield Transfer("all-to-all", axes, keys / n, (4 + 2 * again) * runs)
+        yield Transfer("all-to-all", axes, queries / n, (4 + 2 * again + 2 * more) * runs)
+        yield Transfer("all-to-all", axes, keys / n, (4 + 2 * again + 2 * more) * runs)
 
 
-def _pipeline(config: Config, mesh: MeshConfig, chunks: int) -> Iterator[Transfer]:
-    """The residual of a microbatch, to the next stage and its gradient back, every tick; and the last stage's output to
-    all stages, which share the head."""
-    if mesh.pipeline == 1:
-        return
-    model, train = config.model, config.train
+def _pipeline(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:
+    """The residual of a microbatch, to the next stage and its gradient back, every tick; the last stage's output to all
+    stages, which share the head, and its gradient; and the rows of the embedding and theirs."""
+    model, train, parallel = config.model, config.train, config.parallel
     sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
     tokens = sequences * config.data.sequence_length / mesh.sequence
-    split = mesh.tensor if config.parallel.sequence_parallel else 1
+    split = mesh.tensor if parallel.sequence_parallel else 1
     residual = ITEMSIZE[config.precision.compute] * tokens * model.dim / split
-    ticks = train.microbatches * chunks + mesh.pipeline - 1
-    yield Transfer("collective-permute", ("pipeline",), residual, 2 * ticks, hidden=True)
-    yield Transfer("all-reduce", ("pipeline",), residual, 2 * train.microbatches)
+    ticks = turns.layers * mesh.pipeline * parallel.chunks // model.layers
+    # The very last one forward is for nobody; two stages have a phase of one tick, where the compiler sees it.
+    shifts = 2 * ticks - (mesh.pipeline * parallel.chunks == 2 and parallel.schedule == "1f1b")
+    yield Transfer("collective-permute", ("pipeline",), residual, shifts, hidden=True)
+    (enter, finish, leave), listed = turns.ends, turns.listed
+    times = 2 if parallel.schedule == "gpipe" else 1  # it computes every tick again
+    yield Transfer("all-reduce", ("pipeline",), residual, (times + 1) * finish, listed=(times + 1) * listed[1])
+    axes = ("pipeline",) if parallel.sequence_parallel or mesh.tensor == 1 else ("pipeline", "tensor")
+    yield Transfer("all-reduce", axes, residual, times * enter + leave, listed=times * listed[0] + listed[2])

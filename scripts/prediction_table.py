@@ -108,9 +108,7 @@ def cases() -> list[Case]:
         case("llama3_70b", 1, dict(fsdp=8, tensor=8)),
         case("llama3_70b", 1, dict(fsdp=16, tensor=4), remat="attention"),
         case("llama3_70b", 1, dict(data=4, fsdp=64)),
-        case("llama3_70b", 1, dict(fsdp=72), gpu="gb200")
-        if False
-        else case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
+        case("llama3_70b", 1, dict(fsdp=64), gpu="h200", remat="attention"),
         case("llama3_405b", 1, dict(fsdp=1024)),
         case("llama3_405b", 1, dict(fsdp=128, tensor=8)),
         case("llama3_405b", 1, dict(data=2, fsdp=128, tensor=4), microbatches=2),
@@ -118,7 +116,40 @@ def cases() -> list[Case]:
         case("llama3_70b", 8, dict(fsdp=8, tensor=8)),
         case("llama3_8b", 8, dict(fsdp=8), microbatches=4),
     ]
-    return found
+    return found + pipelined()
+
+
+def pipelined() -> list[Case]:
+    """2, 4 and 8 stages, 1 and 2 chunks, with every other axis."""
+
+    def found(file: str, batch: int, mesh: dict[str, int], microbatches: int, chunks: int = 1, **groups: Any) -> Case:
+        parallel = dict(chunks=chunks) | groups.pop("parallel", {})
+        return case(file, batch, mesh, microbatches=microbatches, parallel=parallel, **groups)
+
+    small = dict(model=B1, data=dict(sequence_length=2048))
+    per_step, zero = dict(gather="per_step"), dict(optimizer_sharding="data")
+    return [
+        found("llama2_7b", 2, dict(pipeline=2), 4, **small),
+        found("llama2_7b", 2, dict(pipeline=4, data=2), 8, remat="none", **small),
+        found("llama2_7b", 2, dict(pipeline=4, data=2), 8, 2, parallel=zero, **small),
+        found("llama2_7b", 1, dict(pipeline=8), 8, remat="attention", **small),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=per_step),
+        found("llama2_7b", 1, dict(pipeline=2, data=2, fsdp=2), 4, 2, model=B3, parallel=per_step, remat="none"),
+        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=dict(schedule="gpipe")),
+        found("llama3_8b", 1, dict(pipeline=8), 16),
+        found("llama3_8b", 1, dict(pipeline=8), 16, 2),
+        found("llama3_8b", 1, dict(pipeline=2, tensor=4), 8, remat="none"),
+        found("llama3_8b", 1, dict(pipeline=4, tensor=2), 8, 2, parallel=dict(sequence_parallel=False)),
+        found("llama3_8b", 1, dict(pipeline=2, sequence=4), 4),
+        found("llama3_8b", 1, dict(pipeline=2, fsdp=2, tensor=2), 8, 4),
+        found("llama3_8b", 1, dict(pipeline=4, fsdp=2), 8, 2, remat="attention"),
+        found("llama3_70b", 1, dict(pipeline=4, fsdp=2, tensor=8), 16),
+        found("llama3_70b", 1, dict(pipeline=8, tensor=8), 32, 2),
+        found("llama3_70b", 1, dict(pipeline=2, fsdp=32), 4, remat="attention"),
+        found("llama3_405b", 1, dict(pipeline=2, fsdp=64, tensor=8), 4),
+        found("llama3_8b", 1, dict(pipeline=4, tensor=2), 8, remat="none"),
+    ]
 
 
 class Compiled:
@@ -162,7 +193,7 @@ def against_compiler(compiled: Compiled, only: str) -> str:
             failed.append(f"Left out: {name}: {str(error).splitlines()[-1]}")
             continue
         predicted, peak = peak_memory(found.config, found.mesh).total, report["memory"]["peak"]
-        sent, counted = report["sent"], by_axes(transfers(found.config, found.mesh))
+        sent, counted = report["sent"], by_axes(transfers(found.config, found.mesh), listed=True)
         off = {
             axes: counted.get(axes, 0) / max(sent.get(axes, 0), 1) - 1
             for axes in {*sent, *counted}
@@ -203,6 +234,8 @@ def settings(found: Case) -> str:
         "gathered per step": parallel.gather == "per_step",
         "ZeRO-1": parallel.optimizer_sharding == "data",
         parallel.context: mesh.sequence > 1,
+        f"{parallel.chunks} chunks": mesh.pipeline > 1 and parallel.chunks > 1,
+        "gpipe": mesh.pipeline > 1 and parallel.schedule == "gpipe",
         "no sequence parallelism": mesh.tensor > 1 and not parallel.sequence_parallel,
         "bfloat16 parameters": found.config.precision.params == "bfloat16",
     }
@@ -257,20 +290,25 @@ workspace of cuDNN's attention.
 
 {compiler}
 
-The arithmetic has four constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most
-of these configurations, so the errors are not those of a blind test. The last three rows were added after that: with
-many sequences a device and `tensor`, gaps between buffers make the compiled peak larger.
+The arithmetic has five constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most
+of these configurations, so the errors are not those of a blind test. The three rows before the pipelines were added
+after that: with many sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a
+pipeline holds follows from the program, but for two things that were read off these rows: GPipe has its gradients
+three times, and two stages of one chunk have about half of their activations twice, which is the fifth constant.
 
 Bytes are those of all collectives of a step on one device, by the axes they run over; axes with less than 2 MiB a step
-(norm scales, sums of the loss) are left out.
+(norm scales, sums of the loss) are left out. With chunks the embedding of a pipeline stands in a branch that few ticks
+take; here it is counted in every tick on both sides, because the compiled text does not say which.
 
 ## The best meshes for Llama 3 on H100s
 
 {best}
 
 The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention once. Times rest on
-shares of peaks that were not measured with jaxpar (`jaxpar/timing.py` lists them), and on the assumption that traffic
+shares of peaks that were not measured with jaxpar (`jaxpar/hardware.py` lists them), and on the assumption that traffic
 which nothing waits for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
+`scripts/calibrate.py` measures those shares on a machine and writes them as a hardware file, which `--hardware` takes;
+there was no GPU to run it on, only a CPU, where it was tried.
 Mixture-of-experts models (Mixtral) are not built yet, so there is no row for one.
 """
 

@@ -13,6 +13,7 @@ from jaxpar.apart import CompileFailed, Target, compile_report, plain_warnings
 from jaxpar.config import ConfigError, MeshConfig, configure
 from jaxpar.page import explain_page
 from jaxpar.sharding import make_mesh
+from jaxpar.timetable import picture
 from jaxpar.validation import resolve
 
 MODEL = "--config.model.dim=64 --config.model.layers=3 --config.model.heads=4 --config.model.kv_heads=2".split()
@@ -244,7 +245,16 @@ def test_blame_and_parts():
     assert remedy.blame({"optimizer": 3 * 2**30, "parameters": 2**29, "batch": 0}) == (
         "optimizer state 3.00 GiB, parameters 512.00 MiB"
     )
-    assert set(account.PARTS) == set(memory.PART_NAMES) - {"stash"}
+    assert set(account.PARTS) == set(memory.PART_NAMES)
+
+
+def test_a_pipeline_has_its_timetable_and_its_stash(tmp_path):
+    output, page = tmp_path / "explain.json", tmp_path / "explain.html"
+    flags = ["--cpu_devices=2", "--mesh.pipeline=2", "--config.train.microbatches=4", f"--json={output}"]
+    assert explain.main(["--config=configs/tiny.py", *flags, f"--html={page}"]) == 0
+    parts = json.loads(output.read_text())["memory"]["parts"]
+    assert parts["stash"] > 0 and parts["gradients"] > 0
+    assert "Timetable of the pipeline" in page.read_text() and picture("1f1b", 2, 4) in page.read_text()
 
 
 def test_python_is_the_one_that_runs():

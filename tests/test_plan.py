@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxpar import cli, plan
+from jaxpar.apart import Target, compile_report
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.counts import parameter_count
 from jaxpar.hardware import NAMES, find, topology_size
 from jaxpar.memory import RESERVE, peak_memory, state_bytes
+from jaxpar.timetable import svg, timetable
 from jaxpar.timing import bubble_fraction, collective_seconds, members_near, step_time
 from jaxpar.validation import resolve
 
@@ -147,6 +149,77 @@ def test_verified_figures_replace_predicted_ones(monkeypatch):
     assert rows[0]["communication"] == {"fsdp": 11, "data+sequence": 7}
 
 
+def test_a_candidate_with_a_pipeline_is_compiled_as_it_is_predicted(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        plan, "compile_report", lambda config, mesh, *_: asked.append((config, mesh)) or dict(
+            memory=dict(peak=2**30, parts={}), collectives=[]
+        )
+    )  # fmt: skip
+    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_8b"), H100, 8, {"pipeline": 4}))
+    rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
+    plan.verify(rows, ranked, H100, 60)
+    for (run, mesh), row in zip(asked, rows, strict=True):
+        assert mesh["pipeline"] == row["mesh"]["pipeline"] == 4 and row["verified"]
+        assert (run.parallel.schedule, run.parallel.chunks) == (row["schedule"], row["chunks"])
+        assert (run.parallel.gather, run.train.microbatches) == (row["gather"], row["microbatches"])
+
+
+def test_pipelines_are_tried_with_chunks_and_both_ways_to_gather():
+    found = list(plan.choices(config("llama3_8b", train=dict(batch_size=32)), MeshConfig(pipeline=4, fsdp=2)))
+    assert {c.parallel.chunks for c in found} == {1, 2, 4}
+    assert {c.parallel.gather for c in found} == {"per_layer", "per_step"}
+    assert {c.parallel.schedule for c in found} == {"1f1b"}
+    assert all(c.train.microbatches % 4 == 0 for c in found if c.parallel.chunks > 1)
+
+
+def test_gpipe_is_never_better():
+    """At the bubble of 1f1b it holds more and sends more; which is why it is not tried."""
+    mesh = MeshConfig(pipeline=4, fsdp=2)
+    for count in (2, 4, 16, 64):
+        run = config("llama3_8b", train=dict(batch_size=2 * count, microbatches=count))
+        gpipe = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, schedule="gpipe"))
+        assert peak_memory(gpipe, mesh).total > peak_memory(run, mesh).total
+        assert step_time(gpipe, mesh, H100).total >= step_time(run, mesh, H100).total
+
+
+def test_timetable(tmp_path, capsys):
+    run = ["--config=configs/llama3_8b.py", "--hardware=h100", "--devices=8", "--top=1"]
+    output = tmp_path / "out.svg"
+    own = ["--mesh.pipeline=4", "--config.train.microbatches=8", "--config.parallel.chunks=2"]
+    assert plan.main([*run, *own, f"--timetable={output}", f"--html={tmp_path / 'own.html'}"]) == 0
+    assert output.read_text() == svg(timetable("1f1b", 4, 8, 2), "1f1b")
+    assert "timetable of the config's own pipeline=4 with 8 microbatches" in capsys.readouterr().out
+    assert output.read_text() in (tmp_path / "own.html").read_text()
+    assert plan.main([*run, f"--timetable={output}"]) == 0
+    assert "timetable of the best pipelined mesh, number" in capsys.readouterr().out
+    assert "<svg" in output.read_text() and "bubble" in output.read_text()
+    with pytest.raises(ConfigError, match="no legal mesh of these devices has a pipeline"):
+        plan.main([*run[:2], "--devices=1", f"--timetable={output}"])
+    with pytest.raises(ConfigError, match=r"train.microbatches=2 is not divisible by mesh.pipeline=4"):
+        plan.main([*run, "--mesh.pipeline=4", "--config.train.microbatches=2", own[2], f"--timetable={output}"])
+
+
+def test_the_table_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, gpu, devices in (("llama3_70b", "h100", 64), ("tiny", "a40", 2)):
+        plan.main([f"--config=configs/{name}.py", f"--hardware={gpu}", f"--devices={devices}"])
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+        assert "0.00 s" not in out and "start the first with:" in out
+
+
+def test_what_is_illegal_and_how_many_devices_are_enough(monkeypatch, capsys):
+    rules = plan.illegal(config("llama3_70b"), 64, {})
+    assert any("kv_heads=8" in rule and "use mesh.tensor in {1, 2, 4, 8}" in rule for rule in rules)
+    legal = {c.mesh for c in plan.rank(config("llama3_70b"), H100, 64)}
+    assert sum(map(len, rules.values())) + len(legal) == len(list(plan.meshes(64, {})))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert plan.main(["--config=configs/llama3_70b.py", "--hardware=h100", "--devices=8", "--top=1"]) == 1
+    out = capsys.readouterr().out
+    assert "no mesh fits" in out and "--devices=16 is enough, with " in out
+
+
 def test_help_comes_at_once_and_without_jax():
     begin = time.perf_counter()
     code = "import sys\nfrom jaxpar import plan\ntry: plan.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
@@ -182,6 +255,25 @@ def test_hardware_of_ones_own(tmp_path):
     file.write_text(file.read_text() + "bfloat16_tflops = 500\nfloat32_tflops = 50\n")
     found = find(str(file))
     assert (found.peaks["bfloat16"], found.link, found.host, found.name) == (5e14, 1e11, 4, "mine")
+
+
+def test_measured_rates(tmp_path):
+    """What `scripts/calibrate.py` writes is read, and slower rates make slower steps."""
+    file = tmp_path / "cpu.toml"
+    file.write_text(
+        'measured = "today"\nkind = "cpu"\nmemory_gib = 16.5\nmemory_gbps = 10.0\nbfloat16_tflops = 0.2\n'
+        "float32_tflops = 0.1\nlink_gbps = 1.0\nnetwork_gbps = 1.0\ndomain = 4\nhost = 4\nmatmul_share = 0.5\n"
+        "matmul_half = 10.0\nattention_share = 0.1\ncopy_share = 1.0\n"
+    )
+    found = find(str(file))
+    assert (found.rates.measured, found.rates.matmul_share, found.rates.link_share) == ("today", 0.5, 0.80)
+    assert (found.kind, found.memory_bytes, found.memory_bandwidth) == ("cpu", int(16.5 * 2**30), 1e10)
+    run, quicker = config("tiny"), dataclasses.replace(found, rates=dataclasses.replace(found.rates, matmul_share=1.0))
+    slow, quick = (step_time(run, MeshConfig(), gpu) for gpu in (found, quicker))
+    assert slow.matmul == pytest.approx(2 * quick.matmul) and slow.attention == quick.attention
+    with pytest.raises(ConfigError, match="cpu has no target description"):
+        compile_report(run, {}, Target(found, "1x1x1"), 60)
+    assert H100.rates.measured.startswith("assumed")
 
 
 def test_bubble_and_collectives_by_hand():

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import timetable as module
-from jaxpar.timetable import Work, forward_only, stack_order, svg, timetable
+from jaxpar.timetable import Tick, Work, forward_only, in_all, picture, stack_order, svg, timetable, turns
 
 CASES = [
     *(("1f1b", p, M, 1) for p in (1, 2, 4, 8) for M in (1, 3, p, 4 * p)),
@@ -112,7 +111,7 @@ def test_what_cannot_be_is_refused(arguments):
         timetable(*arguments)
 
 
-def test_the_picture_shows_every_piece_of_work(tmp_path, capsys):
+def test_the_picture_shows_every_piece_of_work():
     table = timetable("1f1b", 4, 8, 2)
     root = ET.fromstring(svg(table, "1f1b"))
     tag = "{http://www.w3.org/2000/svg}"
@@ -121,9 +120,32 @@ def test_the_picture_shows_every_piece_of_work(tmp_path, capsys):
     assert any("bubble (p - 1) / (v M + p - 1) = 15.8%" in (text.text or "") for text in root.iter(f"{tag}text"))
     picture = Path(__file__).parents[1] / "docs" / "images" / "pipeline.svg"
     assert picture.read_text() == svg(table, "1f1b, 2 chunks a stage"), "the picture in the README is out of date"
-    output = tmp_path / "out.svg"
-    assert module.main(["--stages=4", "--microbatches=8", "--chunks=2", f"--output={output}"]) == 0
-    assert ET.parse(output) and "4 stages x 2 chunks, 8 microbatches: 26 ticks" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as exit:
-        module.main(["--stages=4", "--microbatches=6", "--chunks=2"])
-    assert exit.value.code == 2 and "multiple of stages=4" in capsys.readouterr().err
+
+
+def test_a_picture_of_many_microbatches_shows_the_first():
+    root = ET.fromstring(picture("1f1b", 4, 1000, 2))
+    told = " ".join(text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "drawn with 64 of 1000 microbatches; with all: bubble 0.1%" in told
+    assert picture("gpipe", 4, 8) == svg(timetable("gpipe", 4, 8), "gpipe")
+
+
+@pytest.mark.parametrize(("schedule", "p", "M", "v"), [case for case in CASES if case[1] > 1])
+def test_how_often_things_run(schedule, p, M, v):
+    """`turns` counts without a timetable what `pipeline` runs by one."""
+    table = timetable(schedule, p, M, v)
+    forward = [tick for tick in table.ticks if any(tick.forward)]
+    phases = table.phases
+    if schedule == "gpipe":  # cut where the first loss is due
+        phases = [forward[: p - 1], forward[p - 1 :]]
+    begins = [phase for phase in phases if phase[0].kind[0]]
+    ends = begins if schedule == "gpipe" else [phase for phase in phases if phase[0].kind[1]]
+
+    def runs(phases, flag):
+        found = [(len(phase), sum(flag(tick) >= 0 for tick in phase)) for phase in phases]
+        ran = sum((length if in_all(n, length) else n) if n else 0 for length, n in found)
+        return ran, sum(length for length, n in found if n)
+
+    enter, finish = runs(begins, Tick.entering), runs(begins, lambda tick: tick.due(v))
+    leave = runs(ends, Tick.entering if schedule == "gpipe" else Tick.leaving)
+    listed = enter[1], finish[1], leave[1]
+    assert turns(schedule, p, M, v) == (len(forward), enter[0], finish[0], leave[0], listed)

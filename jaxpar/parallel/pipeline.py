@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar.parallel.layers import Layer, add, at, vjp
-from jaxpar.timetable import Tick, Timetable, Work
+from jaxpar.timetable import Tick, Timetable, Work, in_all
 
 AXIS = "pipeline"
 
@@ -290,7 +290,7 @@ def _when(needed: np.ndarray, flag: jax.Array, run: Callable[[], Any], otherwise
     """
     if not (needed >= 0).any():
         return otherwise if otherwise is not None else _zeros(run)
-    if 2 * (needed >= 0).sum() >= len(needed):
+    if in_all((needed >= 0).sum(), len(needed)):
         return run()
     return jax.lax.cond(flag >= 0, run, lambda: otherwise if otherwise is not None else _zeros(run))
 
