@@ -161,6 +161,7 @@ def peer(run: Runner) -> str:
         precision = dict(grad_reduce="bfloat16")  # the peer's
         return case(config, mesh, train=train, memory=dict(remat=remat), precision=precision, **more)
 
+    zero = dict(optimizer_sharding="data")
     four = dict(model=dict(layers=4), data=dict(sequence_length=4096))
     runs: list[tuple[str, tuple, dict]] = [
         ("Llama 3 8B, fsdp 8, 1 x 8192", (23.3, 28_628, 15_316, ""), sized("llama3_8b", 8, dict(fsdp=8), **eight)),
@@ -181,6 +182,11 @@ def peer(run: Runner) -> str:
             "4 layers of Llama 2 7B, data 8, 4 microbatches",
             (20.2, "", "", 6_676),
             sized("llama2_7b", 32, dict(data=8), microbatches=4, **four, **eight),
+        ),
+        (
+            "the same, ZeRO-1",
+            (11.7, 4_088, 500, 6_176),
+            sized("llama2_7b", 32, dict(data=8), microbatches=4, parallel=zero, **four, **eight),
         ),
     ]
     rows = []
@@ -242,8 +248,8 @@ target (31 GB for 7.26B). The tensor-parallel run has a vocabulary of 50258, bec
 
 MaxText 0.2.5's training step through the same compiler (jax 0.12.0.1, cuDNN attention, whose workspace is not in its
 peak, full remat, AdamW in float32), beside jaxpar with `memory.remat=full` and gradients reduced in bfloat16 as there.
-Bytes: results of all-gathers, inputs of reduce-scatters and all-reduces. The peer's sequences in the last case are not
-known: there jaxpar has one of 4096 a microbatch and device, so only the bytes compare.
+Bytes: results of all-gathers, inputs of reduce-scatters and all-reduces. The peer's sequences in the last two cases are
+not known: there jaxpar has one of 4096 a microbatch and device. The peer's ZeRO-1 gathers parameters in float32.
 
 {peer}
 """
