@@ -92,6 +92,7 @@ def test_attention_is_computed_again_only_by_full_remat(kind, remat, forward):
     assert fused_calls(text) == (forward * parts, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all_gather", "ulysses"])
 def test_long_rows_without_cudnn_hold_the_scores_of_tiles(kind):
     sizes, length = MeshConfig(sequence=2), 4096

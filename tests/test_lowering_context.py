@@ -125,6 +125,7 @@ def test_ring_memory_falls_with_the_number_of_devices():
     assert held[8] * 8 < 1.2 * held[2] * 2
 
 
+@pytest.mark.slow
 def test_all_gather_holds_keys_and_values_more_than_the_ring():
     """XLA's tiles write the gradients of all keys and values in their place. cuDNN cannot: once more that size."""
     KV = BF16 * 2 * LONG * LONG_MODEL["kv_heads"] * LONG_MODEL["head_dim"]
