@@ -116,9 +116,11 @@ def find(name: str) -> Hardware:
         return _make(name, (ASSETS / f"{name}.txtpb").read_text(), *_LINKS[name], {})
     path = Path(name)
     if not path.is_file():
+        known = f" Known: {', '.join(NAMES)}."
+        hint = nearest(name, NAMES)
         raise ConfigError(
-            f"--hardware={name} is neither known hardware nor a file.{nearest(name, NAMES)} "
-            f"Known: {', '.join(NAMES)}; or a TOML file, see jaxpar/hardware.py"
+            f"--hardware={name} is neither known hardware nor a file.{hint}{known if known != hint else ''} A TOML file "
+            "describes other hardware, see jaxpar/hardware.py"
         )
     try:
         fields = tomllib.loads(path.read_text())
