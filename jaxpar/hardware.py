@@ -119,8 +119,8 @@ def find(name: str) -> Hardware:
         known = f" Known: {', '.join(NAMES)}."
         hint = nearest(name, NAMES)
         raise ConfigError(
-            f"--hardware={name} is neither known hardware nor a file.{hint}{known if known != hint else ''} A TOML file "
-            "describes other hardware, see jaxpar/hardware.py"
+            f"--hardware={name} is neither known hardware nor a file.{hint}{known if known != hint else ''} A TOML "
+            "file describes other hardware, see jaxpar/hardware.py"
         )
     try:
         fields = tomllib.loads(path.read_text())
