@@ -6,14 +6,14 @@ implementation, on the GPU that is there. Prints a table, and JSON with --json.
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import reshard
+from stopwatch import seconds
 
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig
@@ -28,17 +28,6 @@ def documents(batch: int, length: int, mean: int) -> TokenInfo:
     place = np.arange(length)
     positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
     return TokenInfo(jnp.asarray(positions, jnp.int32), jnp.asarray(np.cumsum(begins, axis=1), jnp.int32))
-
-
-def seconds(function, *operands, repeats: int) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(function(*operands))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*operands))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def main() -> int:
@@ -59,9 +48,18 @@ def main() -> int:
         for n in (asked.heads, asked.kv_heads, asked.kv_heads)
     )
     packed, whole = documents(*shape[:2], asked.document), documents(*shape[:2], 0)
+    rules = Rules()
 
     def ours(info: TokenInfo, **options):
-        return lambda q, k, v: attend(q, k, v, info, info, Rules(), Options(**options))
+        def run(q, k, v):
+            queries, keys = (
+                jax.tree.map(lambda x, spec=spec: reshard(x, spec), info)
+                for spec in (rules.spec("batch", "seq"), rules.spec("batch", None))
+            )
+            placed = (reshard(x, rules.spec("batch", "seq", "heads", "head_dim")) for x in (q, k, v))
+            return attend(*placed, queries, keys, rules, Options(**options))
+
+        return run
 
     def alone(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

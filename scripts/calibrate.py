@@ -13,31 +13,18 @@ import datetime
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stopwatch import seconds
 
 from jaxpar import hardware
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig
 from jaxpar.matmul import einsum
 from jaxpar.sharding import Rules, make_mesh
-
-
-def seconds(function: Callable, *operands, repeats: int) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(function(*operands))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*operands))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def matmul_rate(rows: int, narrow: int, dtype: str, repeats: int, turns: int = 8) -> float:
