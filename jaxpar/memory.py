@@ -123,7 +123,7 @@ def _stash(config: Config, mesh: MeshConfig) -> int:
         return 0
     if config.parallel.schedule == "gpipe":
         return M + p - 1
-    return min(2 * p - 1 if v == 1 else 2 * v * p, M * v)
+    return min((v + 1) * p - 1, M * v)
 
 
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:

@@ -57,7 +57,7 @@ def test_number_of_ticks_and_bubble(schedule, p, M, v):
 def test_inputs_wait_in_a_bounded_stash(schedule, p, M, v):
     table = timetable(schedule, p, M, v)
     if schedule == "1f1b":
-        assert table.slots <= (2 * p - 1 if v == 1 else 2 * v * p)
+        assert table.slots == min((v + 1) * p - 1, M * v)
     for stage in range(p):
         stash: dict[int, Work] = {}
         for tick in table.ticks:
