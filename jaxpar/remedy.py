@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxpar import plan
 from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
 from jaxpar.hardware import Hardware, of_kind
 from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
+from jaxpar.ranking import best_of_each_mesh, divisors, rank
 from jaxpar.timing import step_time
 from jaxpar.validation import validate_mesh
 
@@ -50,7 +50,7 @@ def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterato
     policies = list(REMAT)
     now = policies.index(config.memory.remat) if config.memory.remat in policies else 0
     sequences = config.train.batch_size // mesh.batch_shards
-    counts = [n for n in plan.divisors(sequences) if n >= config.train.microbatches]
+    counts = [n for n in divisors(sequences) if n >= config.train.microbatches]
     for remat in policies[now:]:
         for count in counts:
             for zero in dict.fromkeys((config.parallel.optimizer_sharding, "data" if mesh.data > 1 else "none")):
@@ -63,7 +63,7 @@ def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterato
                     )
                     if changed != config and len(differing := _flags(changed, config)) <= 2:
                         yield " ".join(differing), changed, mesh
-    for candidate in plan.best_of_each_mesh(plan.rank(config, hardware, mesh.devices))[:8]:
+    for candidate in best_of_each_mesh(rank(config, hardware, mesh.devices))[:8]:
         if candidate.mesh != mesh:
             axes = zip(AXES, candidate.mesh.shape, mesh.shape, strict=True)
             sizes = [f"--mesh.{axis}={size}" for axis, size, before in axes if size != before]

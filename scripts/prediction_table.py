@@ -23,7 +23,7 @@ from jaxpar.config import Config, MeshConfig
 from jaxpar.counts import step_flops
 from jaxpar.hardware import find
 from jaxpar.memory import RESERVE, peak_memory
-from jaxpar.plan import best_of_each_mesh, rank
+from jaxpar.ranking import best_of_each_mesh, rank
 from jaxpar.traffic import by_axes, transfers
 from jaxpar.validation import resolve, validate_mesh
 

@@ -19,8 +19,8 @@ LAYERS = """
     counts hardware show sources tokenizer validation xla
     apart memory sharding traffic
     cli matmul page parallel shards optimizer metrics checkpoint timing
-    plan
-    remedy
+    ranking
+    plan remedy
     windows attention loss
     data model
     convert stages
@@ -46,6 +46,7 @@ ONLY = {
     "memory": {"config", "counts"},
     "traffic": {"config", "counts", "timetable"},
     "timing": {"config", "counts", "hardware", "timetable", "traffic"},
+    "ranking": {"config", "counts", "hardware", "memory", "timing", "validation"},
     "show": {"tree"},
     "page": {"memory"},
     "parallel": {"sharding", "timetable"},
@@ -71,7 +72,7 @@ COLLECTIVES = {
 
 NO_JAX = (
     *("config", "validation", "counts", "hardware", "memory", "traffic", "timing", "apart", "page", "plan", "remedy"),
-    *("explain", "timetable", "cli", "__init__", "__main__"),
+    *("ranking", "explain", "timetable", "cli", "__init__", "__main__"),
 )
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 

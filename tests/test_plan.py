@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import cli, plan
+from jaxpar import cli, plan, ranking
 from jaxpar.apart import Target, compile_report
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.counts import parameter_count
@@ -33,7 +33,7 @@ def config(name: str, **groups) -> Config:
 def seconds(run: Config, **mesh: int) -> float:
     """With the best number of microbatches."""
     sizes = MeshConfig(**mesh)
-    counts = plan.divisors(run.train.batch_size // sizes.batch_shards)
+    counts = ranking.divisors(run.train.batch_size // sizes.batch_shards)
     runs = [dataclasses.replace(run, train=dataclasses.replace(run.train, microbatches=n)) for n in counts]
     return min(step_time(run, sizes, H100).total for run in runs)
 
@@ -65,7 +65,7 @@ def test_pipeline_before_tensor_across_hosts():
 def test_tensor_stays_inside_a_host():
     run = dataclasses.replace(config("llama3_70b", train=dict(batch_size=64)))
     free = dataclasses.replace(run, model=dataclasses.replace(run.model, kv_heads=64))
-    ranked = plan.best_of_each_mesh(plan.rank(free, H100, 64))
+    ranked = ranking.best_of_each_mesh(ranking.rank(free, H100, 64))
     assert all(c.mesh.tensor <= 8 for c in ranked[:10])
     assert seconds(free, fsdp=8, tensor=8) < seconds(free, fsdp=4, tensor=16) < seconds(free, fsdp=2, tensor=32)
 
@@ -80,7 +80,7 @@ def test_sixteen_bytes_a_parameter_for_mixed_precision_adam():
 
 @pytest.mark.parametrize(("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)])
 def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
-    ranked = plan.rank(config(name), H100, devices)
+    ranked = ranking.rank(config(name), H100, devices)
     best = ranked[0]
     assert best.fits and best.peak.total + RESERVE <= H100.memory_bytes
     assert best.mesh.devices == devices
@@ -92,19 +92,19 @@ def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
 
 def test_4096_devices_in_ten_seconds():
     begin = time.process_time()
-    assert plan.rank(config("llama3_70b", train=dict(batch_size=4096)), H100, 4096)
+    assert ranking.rank(config("llama3_70b", train=dict(batch_size=4096)), H100, 4096)
     assert time.process_time() - begin < 10
 
 
 def test_given_sizes_are_kept():
-    ranked = plan.rank(config("llama3_8b"), H100, 16, {"tensor": 4, "data": None})
+    ranked = ranking.rank(config("llama3_8b"), H100, 16, {"tensor": 4, "data": None})
     assert {c.mesh.tensor for c in ranked} == {4}
     with pytest.raises(ConfigError, match="no mesh of 7 devices is legal"):
-        plan.rank(config("llama3_8b"), H100, 7)
+        ranking.rank(config("llama3_8b"), H100, 7)
 
 
 def test_reasons():
-    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_70b"), H100, 64))
+    ranked = ranking.best_of_each_mesh(ranking.rank(config("llama3_70b"), H100, 64))
     told = {c.mesh: plan.reason(c, ranked[0], H100) for c in ranked}
     assert "of the step is computation" in told[ranked[0].mesh]
     assert "waits for tensor=8" in told[MeshConfig(data=8, tensor=8)]
@@ -134,7 +134,7 @@ def test_json_has_what_the_interface_promises(report):
 
 
 def test_verified_figures_replace_predicted_ones(monkeypatch):
-    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_8b"), H100, 8))
+    ranked = ranking.best_of_each_mesh(ranking.rank(config("llama3_8b"), H100, 8))
     rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
     sent = [dict(axes=["fsdp"], bytes=5), dict(axes=["fsdp"], bytes=6), dict(axes=["data", "sequence"], bytes=7)]
     compiled = iter([90 * 2**30, 50 * 2**30])
@@ -156,7 +156,7 @@ def test_a_candidate_with_a_pipeline_is_compiled_as_it_is_predicted(monkeypatch)
             memory=dict(peak=2**30, parts={}), collectives=[]
         )
     )  # fmt: skip
-    ranked = plan.best_of_each_mesh(plan.rank(config("llama3_8b"), H100, 8, {"pipeline": 4}))
+    ranked = ranking.best_of_each_mesh(ranking.rank(config("llama3_8b"), H100, 8, {"pipeline": 4}))
     rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
     plan.verify(rows, ranked, H100, 60)
     for (run, mesh), row in zip(asked, rows, strict=True):
@@ -166,7 +166,7 @@ def test_a_candidate_with_a_pipeline_is_compiled_as_it_is_predicted(monkeypatch)
 
 
 def test_pipelines_are_tried_with_chunks_and_both_ways_to_gather():
-    found = list(plan.choices(config("llama3_8b", train=dict(batch_size=32)), MeshConfig(pipeline=4, fsdp=2)))
+    found = list(ranking.choices(config("llama3_8b", train=dict(batch_size=32)), MeshConfig(pipeline=4, fsdp=2)))
     assert {c.parallel.chunks for c in found} == {1, 2, 4}
     assert {c.parallel.gather for c in found} == {"per_layer", "per_step"}
     assert {c.parallel.schedule for c in found} == {"1f1b"}
@@ -210,10 +210,10 @@ def test_the_table_fits_80_columns(monkeypatch, capsys):
 
 
 def test_what_is_illegal_and_how_many_devices_are_enough(monkeypatch, capsys):
-    rules = plan.illegal(config("llama3_70b"), 64, {})
+    rules = ranking.illegal(config("llama3_70b"), 64, {})
     assert any("kv_heads=8" in rule and "use mesh.tensor in {1, 2, 4, 8}" in rule for rule in rules)
-    legal = {c.mesh for c in plan.rank(config("llama3_70b"), H100, 64)}
-    assert sum(map(len, rules.values())) + len(legal) == len(list(plan.meshes(64, {})))
+    legal = {c.mesh for c in ranking.rank(config("llama3_70b"), H100, 64)}
+    assert sum(map(len, rules.values())) + len(legal) == len(list(ranking.meshes(64, {})))
     monkeypatch.setenv("COLUMNS", "200")
     assert plan.main(["--config=configs/llama3_70b.py", "--hardware=h100", "--devices=8", "--top=1"]) == 1
     out = capsys.readouterr().out
