@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxpar import cudnn
 from jaxpar.config import Config, ConfigError
 from jaxpar.parallel import context, tiles
+from jaxpar.parallel.tiles import Operands
 from jaxpar.sharding import Rules, all_manual
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
@@ -87,11 +88,11 @@ def attend(
     kernel = None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
     island = jax.shard_map(
         functools.partial(_LOCAL[options.context], kernel),
-        in_specs=_in_specs(rules),
+        in_specs=(_specs(rules),),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
         check_vma=not all_manual(),  # a region around it that does not check cannot be checked in here
     )
-    return island(q_BSHK, k_BTGK, v_BTGK, queries, keys)
+    return island(Operands(q_BSHK, k_BTGK, v_BTGK, queries, keys))
 
 
 def refuses_cudnn(local_shape: tuple[int, ...], dtype: Any, options: Options) -> str:
@@ -135,104 +136,72 @@ def sees(queries: TokenInfo, keys: TokenInfo) -> jax.Array:
     )
 
 
-def _in_specs(rules: Rules) -> tuple:
+def _specs(rules: Rules) -> Operands:
     q, kv = (rules.spec("batch", "seq", heads, "head_dim") for heads in ("heads", "kv_heads"))
-    return q, kv, kv, rules.spec("batch", "seq"), rules.spec("batch", None)
+    return Operands._make((q, kv, kv, rules.spec("batch", "seq"), rules.spec("batch", None)))
 
 
 class Kernel(NamedTuple):
-    """Attention of what is on one device, and its gradient: functions of (q, k, v, queries, keys) to the result and the
-    log-sum-exp of the scores, and of these and the result's gradient to the gradients of q, k and v."""
+    """Attention of what is on one device, and its gradient: a function of the operands to the result and the
+    log-sum-exp of the scores, and one of these and the result's gradient to the gradients of q, k and v."""
 
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    forward: Callable[[Operands], tuple[jax.Array, jax.Array]]
+    backward: Callable[[Operands, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(kernel: Kernel, q_BSHK, k_BTGK, v_BTGK, queries: TokenInfo, keys: TokenInfo) -> jax.Array:
-    return _attention_forward(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)[0]
+def _attention(kernel: Kernel, x: Operands) -> jax.Array:
+    return _attention_forward(kernel, x)[0]
 
 
-def _attention_forward(kernel: Kernel, *operands):
+def _attention_forward(kernel: Kernel, x: Operands):
     """Remat keeps the log-sum-exp with the result, for without both attention runs again. They are named here because
     here they are residuals: a name given to the result outside would be that of a second copy."""
-    o_BSHK, lse_BHS = (keep(x, "attention") for x in kernel.forward(*operands))
-    return o_BSHK, (*operands, o_BSHK, lse_BHS)
+    o_BSHK, lse_BHS = (keep(result, "attention") for result in kernel.forward(x))
+    return o_BSHK, (x, o_BSHK, lse_BHS)
 
 
-def _attention_backward(kernel: Kernel, residuals: tuple, do_BSHK: jax.Array):
-    return *kernel.backward(*residuals, do_BSHK), None, None
+def _attention_backward(kernel: Kernel, residuals: tuple[Operands, jax.Array, jax.Array], do_BSHK: jax.Array):
+    return (Operands(*kernel.backward(*residuals, do_BSHK), None, None),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _all_gathered(
-    kernel: Kernel | None,
-    q_BSHK: jax.Array,
-    k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
-    queries: TokenInfo,
-    keys: TokenInfo,
-) -> jax.Array:
-    k_BTGK, v_BTGK = context.all_gather_tokens(k_BTGK), context.all_gather_tokens(v_BTGK)
-    return _local(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)
+def _all_gathered(kernel: Kernel | None, x: Operands) -> jax.Array:
+    return _local(kernel, x._replace(k=context.all_gather_tokens(x.k), v=context.all_gather_tokens(x.v)))
 
 
-def _exchanged(
-    kernel: Kernel | None,
-    q_BSHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    queries: TokenInfo,
-    keys: TokenInfo,
-) -> jax.Array:
+def _exchanged(kernel: Kernel | None, x: Operands) -> jax.Array:
     """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so where remat keeps
     something it keeps them, and the exchange is not repeated."""
-    del queries  # here they are as whole as the keys, and the same tokens
-    q_BSHK = keep(context.tokens_to_heads(q_BSHK), "query")
-    k_BSGK = keep(context.tokens_to_heads(k_BSGK), "key")
-    v_BSGK = keep(context.tokens_to_heads(v_BSGK), "value")
-    o_BSHK = _local(kernel, q_BSHK, k_BSGK, v_BSGK, keys, keys)
+    q = keep(context.tokens_to_heads(x.q), "query")
+    k = keep(context.tokens_to_heads(x.k), "key")
+    v = keep(context.tokens_to_heads(x.v), "value")
+    o_BSHK = _local(kernel, Operands(q, k, v, x.keys, x.keys))  # queries as whole as the keys, and the same tokens
     return keep(context.heads_to_tokens(o_BSHK), "attention")
 
 
-def _passed_round(
-    kernel: Kernel | None,
-    q_BSHK: jax.Array,
-    k_BSGK: jax.Array,
-    v_BSGK: jax.Array,
-    queries: TokenInfo,
-    keys: TokenInfo,
-) -> jax.Array:
+def _passed_round(kernel: Kernel | None, x: Operands) -> jax.Array:
     assert kernel is None
-    return _attention(_RING, q_BSHK, k_BSGK, v_BSGK, queries, keys)
+    return _attention(_RING, x)
 
 
 _LOCAL = {"all_gather": _all_gathered, "ulysses": _exchanged, "ring": _passed_round}
 
 
-def _local(
-    kernel: Kernel | None,
-    q_BSHK: jax.Array,
-    k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
-    queries: TokenInfo,
-    keys: TokenInfo,
-) -> jax.Array:
+def _local(kernel: Kernel | None, x: Operands) -> jax.Array:
     if kernel is not None:
-        return _attention(kernel, q_BSHK, k_BTGK, v_BTGK, queries, keys)
-    S, T = q_BSHK.shape[1], k_BTGK.shape[1]
+        return _attention(kernel, x)
+    S, T = x.q.shape[1], x.k.shape[1]
     if S <= _QUERIES or T <= _WHOLE_ROWS:
-        return keep(_softmax_attention(q_BSHK, k_BTGK, v_BTGK, queries, keys), "attention")
-    q_BSHK, queries = jax.tree.map(lambda x: _in_tiles(x, S), (q_BSHK, queries))
-    k_BTGK, v_BTGK, keys = jax.tree.map(lambda x: _in_tiles(x, T), (k_BTGK, v_BTGK, keys))
-    return _attention(_TILES, q_BSHK, k_BTGK, v_BTGK, queries, keys)[:, :S]
+        return keep(_softmax_attention(x), "attention")
+    return _attention(_TILES, jax.tree.map(lambda x_BT: _padded(x_BT, tiles.TILE), x))[:, :S]
 
 
-def _in_tiles(x: jax.Array, tokens: int) -> jax.Array:
-    """With padding up to a number of tokens that has good tiles."""
-    return jnp.pad(x, ((0, 0), (0, -tokens % tiles.TILE), *((0, 0),) * (x.ndim - 2)))
+def _padded(x_BT: jax.Array, tokens: int) -> jax.Array:
+    """With padding behind the tokens, up to a multiple of `tokens`. [B, T, ...]."""
+    return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % tokens), *((0, 0),) * (x_BT.ndim - 2)))
 
 
 _RING = Kernel(functools.partial(context.ring, sees=sees), functools.partial(context.ring_gradient, sees=sees))
@@ -242,16 +211,12 @@ _TILES = Kernel(functools.partial(tiles.attention, sees=sees), functools.partial
 def _cudnn(first_key: Callable[[jax.Array], Any]) -> Kernel:
     """`first_key`: where the first of these queries stands among the keys; see `cudnn.attention`."""
 
-    def forward(q_BSHK, k_BTGK, v_BTGK, queries, keys):
-        del keys  # those of the queries' documents
-        return cudnn.attention(q_BSHK, k_BTGK, v_BTGK, queries.positions, queries.segments, first_key(q_BSHK))
+    def known(x: Operands) -> tuple:  # the keys are those of the queries' documents
+        return x.q, x.k, x.v, x.queries.positions, x.queries.segments, first_key(x.q)
 
-    def backward(q_BSHK, k_BTGK, v_BTGK, queries, keys, *results):
-        del keys
-        known = queries.positions, queries.segments, first_key(q_BSHK), *results
-        return cudnn.attention_gradient(q_BSHK, k_BTGK, v_BTGK, *known)
-
-    return Kernel(forward, backward)
+    return Kernel(
+        lambda x: cudnn.attention(*known(x)), lambda x, *results: cudnn.attention_gradient(*known(x), *results)
+    )
 
 
 _CUDNN = {
@@ -261,28 +226,25 @@ _CUDNN = {
 }
 
 
-def _softmax_attention(
-    q_BSHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, queries: TokenInfo, keys: TokenInfo
-) -> jax.Array:
+def _softmax_attention(x: Operands) -> jax.Array:
     """Attention in chunks of `_QUERIES` queries, so that only B x H x _QUERIES x T scores exist at a time."""
     # Not every backend multiplies float16 into float32.
-    dtype = jnp.dtype("float32") if q_BSHK.dtype == jnp.float16 else q_BSHK.dtype
+    dtype = jnp.dtype("float32") if x.q.dtype == jnp.float16 else x.q.dtype
     # In float32 here and back inside: so the gradients of all chunks add up in float32.
-    k32_BTGK, v32_BTGK = (x.astype(jnp.float32) for x in (k_BTGK, v_BTGK))
+    k32_BTGK, v32_BTGK = (kv.astype(jnp.float32) for kv in (x.k, x.v))
 
     @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
     def chunk(q_BCHK: jax.Array, queries: TokenInfo) -> jax.Array:
-        k_BTGK, v_BTGK = (x.astype(dtype) for x in (k32_BTGK, v32_BTGK))
-        o_BCHK = jax.nn.dot_product_attention(q_BCHK.astype(dtype), k_BTGK, v_BTGK, mask=sees(queries, keys)[:, None])
+        k_BTGK, v_BTGK = (kv.astype(dtype) for kv in (k32_BTGK, v32_BTGK))
+        o_BCHK = jax.nn.dot_product_attention(q_BCHK.astype(dtype), k_BTGK, v_BTGK, mask=sees(queries, x.keys)[:, None])
         return o_BCHK.astype(q_BCHK.dtype)
 
-    batch, length = q_BSHK.shape[:2]
+    batch, length = x.q.shape[:2]
     if length <= _QUERIES:
-        return chunk(q_BSHK, queries)
+        return chunk(x.q, x.queries)
 
-    def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, -length % _QUERIES), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(batch, -1, _QUERIES, *x.shape[2:]), 1, 0)
+    def split(x_BS: jax.Array) -> jax.Array:
+        return jnp.moveaxis(_padded(x_BS, _QUERIES).reshape(batch, -1, _QUERIES, *x_BS.shape[2:]), 1, 0)
 
-    o_NBCHK = jax.lax.map(lambda x: chunk(*x), (split(q_BSHK), TokenInfo(*map(split, queries))))
-    return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *q_BSHK.shape[2:])[:, :length]
+    o_NBCHK = jax.lax.map(lambda some: chunk(*some), jax.tree.map(split, (x.q, x.queries)))
+    return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *x.q.shape[2:])[:, :length]

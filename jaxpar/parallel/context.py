@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpar.parallel import tiles
-from jaxpar.parallel.tiles import Sees
+from jaxpar.parallel.tiles import Operands, Sees
 
 
 def all_gather_tokens(x: jax.Array, axis: str = "sequence") -> jax.Array:
@@ -53,43 +53,31 @@ def heads_to_tokens(x: jax.Array, axis: str = "sequence") -> jax.Array:
 # Ring attention (Liu et al., 2023): keys and values go round, the softmax is put together as they come by.
 
 
-def ring(
-    q_bsHK: jax.Array, k_bsGK: jax.Array, v_bsGK: jax.Array, queries: Any, keys: Any, sees: Sees, axis: str = "sequence"
-) -> tuple[jax.Array, jax.Array]:
+def ring(x: Operands, sees: Sees, axis: str = "sequence") -> tuple[jax.Array, jax.Array]:
     """Attention of the local queries to the keys of all devices, of which one block at a time is here.
 
-    Args, results and memory as of `tiles.attention`, but for `keys`: info of the keys of all devices, [b, S].
+    Args, results and memory as of `tiles.attention`, but for `x.keys`: info of the keys of all devices, [b, S].
 
     Communication: c - 1 `ppermute`s of the local k and v, c the size of the axis. Each starts before the work on the
     block that is here, and needs none of its results.
     """
-    c, s = jax.lax.axis_size(axis), q_bsHK.shape[1]
-    q_bsHK, queries, keys = tiles.not_hoisted(q_bsHK, queries, keys)
-    q_nbqGRK, queries_n = tiles.query_tiles(q_bsHK, k_bsGK.shape[2]), jax.tree.map(tiles.tiles, queries)
+    c, s, x = jax.lax.axis_size(axis), x.q.shape[1], tiles.not_hoisted(x)
+    q_nbqGRK, queries_n = tiles.query_tiles(x.q, x.k.shape[2]), jax.tree.map(tiles.tiles, x.queries)
 
     def absorb(turn: Any, kv: tuple[jax.Array, jax.Array], softmax_n: tiles.Softmax) -> tiles.Softmax:
-        return tiles.absorb(q_nbqGRK, kv, softmax_n, queries_n, _held(keys, turn, s, axis), sees)
+        return tiles.absorb(q_nbqGRK, kv, softmax_n, queries_n, _held(x.keys, turn, s, axis), sees)
 
     def step(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
         kv, softmax_n = carry
         return (_pass_on(kv, axis), absorb(turn, kv, softmax_n)), None
 
-    start = (k_bsGK, v_bsGK), tiles.Softmax.empty(q_nbqGRK)
+    start = (x.k, x.v), tiles.Softmax.empty(q_nbqGRK)
     (kv, softmax_n), _ = jax.lax.scan(step, start, jnp.arange(c - 1))
-    return absorb(c - 1, kv, softmax_n).finish(q_bsHK.dtype)
+    return absorb(c - 1, kv, softmax_n).finish(x.q.dtype)
 
 
 def ring_gradient(
-    q_bsHK: jax.Array,
-    k_bsGK: jax.Array,
-    v_bsGK: jax.Array,
-    queries: Any,
-    keys: Any,
-    o_bsHK: jax.Array,
-    lse_bHs: jax.Array,
-    do_bsHK: jax.Array,
-    sees: Sees,
-    axis: str = "sequence",
+    x: Operands, o_bsHK: jax.Array, lse_bHs: jax.Array, do_bsHK: jax.Array, sees: Sees, axis: str = "sequence"
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of `ring` with respect to q, k and v, from its results and the gradient of the first.
 
@@ -98,16 +86,16 @@ def ring_gradient(
 
     Communication: c - 1 `ppermute`s of the local k and v, c of their gradients.
     """
-    c, s = jax.lax.axis_size(axis), q_bsHK.shape[1]
-    known = tiles.Backward.of(q_bsHK, o_bsHK, lse_bHs, do_bsHK, k_bsGK.shape[2])
-    queries_n = jax.tree.map(tiles.tiles, queries)
+    c, s = jax.lax.axis_size(axis), x.q.shape[1]
+    known = tiles.Backward.of(x, o_bsHK, lse_bHs, do_bsHK)
+    queries_n = jax.tree.map(tiles.tiles, x.queries)
 
     def visit(turn: Any, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array) -> tuple[jax.Array, tuple]:
         zero = jnp.zeros_like(kv[0], jnp.float32)
-        return known.visit(kv, dq_n, (zero, zero), queries_n, _held(keys, turn, s, axis), sees)
+        return known.visit(kv, dq_n, (zero, zero), queries_n, _held(x.keys, turn, s, axis), sees)
 
     def add(arrived: tuple, here: tuple) -> tuple:
-        return tuple((a.astype(jnp.float32) + x).astype(a.dtype) for a, x in zip(arrived, here, strict=True))
+        return tuple((a.astype(jnp.float32) + b).astype(a.dtype) for a, b in zip(arrived, here, strict=True))
 
     def step(carry: tuple, turn: jax.Array) -> tuple[tuple, None]:
         kv, dkv, dq_n = carry
@@ -115,15 +103,15 @@ def ring_gradient(
         dq_n, here = visit(turn, kv, dq_n)
         return (kv_next, add(dkv, here), dq_n), None
 
-    kv = k_bsGK, v_bsGK
+    kv = x.k, x.v
     dq_n, here = visit(0, kv, jnp.zeros_like(known.q_nbqGRK, jnp.float32))
-    dkv = tuple(x.astype(k_bsGK.dtype) for x in here)
+    dkv = tuple(part.astype(x.k.dtype) for part in here)
     if c > 1:
         (kv, dkv, dq_n), _ = jax.lax.scan(step, (_pass_on(kv, axis), dkv, dq_n), jnp.arange(1, c - 1))
         dkv = _pass_on(dkv, axis)
         dq_n, here = visit(c - 1, kv, dq_n)
         dkv = _pass_on(add(dkv, here), axis)
-    dq_bsHK = tiles.whole(dq_n, dim=1).reshape(q_bsHK.shape).astype(q_bsHK.dtype)
+    dq_bsHK = tiles.whole(dq_n, dim=1).reshape(x.q.shape).astype(x.q.dtype)
     return dq_bsHK, dkv[0], dkv[1]
 
 

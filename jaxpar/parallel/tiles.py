@@ -24,6 +24,17 @@ Sees = Callable[[Any, Any], jax.Array]
 """Info of queries [b, q] and of keys [b, k] -> bool [b, q, k]: what each query sees."""
 
 
+class Operands(NamedTuple):
+    """What attention is computed of: queries [b, s, H, K], H a multiple of G; keys and values [b, t, G, K]; and what
+    tells which query sees which key: info of the queries, a pytree of [b, s], and of the keys, of [b, t]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    queries: Any
+    keys: Any
+
+
 class Softmax(NamedTuple):
     """A softmax over the keys so far, float32: its largest score and its sum of exponentials [n, b, G, R, q], and the
     values in their proportions [n, b, G, R, q, K], both relative to the largest score."""
@@ -72,11 +83,11 @@ class Backward(NamedTuple):
     mean_nbGRq: jax.Array
 
     @classmethod
-    def of(cls, q_bsHK: jax.Array, o_bsHK: jax.Array, lse_bHs: jax.Array, do_bsHK: jax.Array, groups: int):
-        b, H, s = lse_bHs.shape
+    def of(cls, x: Operands, o_bsHK: jax.Array, lse_bHs: jax.Array, do_bsHK: jax.Array):
+        (b, H, s), groups = lse_bHs.shape, x.k.shape[2]
         by_query = (lse_bHs, dot("bsHK,bsHK->bHs", o_bsHK, do_bsHK))
         statistics = (tiles(x.reshape(b, groups, H // groups, s), dim=3) for x in by_query)
-        return cls(query_tiles(q_bsHK, groups), query_tiles(do_bsHK, groups), *statistics)
+        return cls(query_tiles(x.q, groups), query_tiles(do_bsHK, groups), *statistics)
 
     def visit(
         self, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array, dkv: Any, queries_n: Any, keys: Any, sees: Sees
@@ -104,52 +115,42 @@ class Backward(NamedTuple):
         return _sweep(tile, dq_n, kv, (zero, zero), dkv, queries_n, keys, sees)
 
 
-def attention(
-    q_bsHK: jax.Array, k_btGK: jax.Array, v_btGK: jax.Array, queries: Any, keys: Any, sees: Sees
-) -> tuple[jax.Array, jax.Array]:
+def attention(x: Operands, sees: Sees) -> tuple[jax.Array, jax.Array]:
     """Attention to keys that are all here.
 
     Args:
-      q_bsHK: queries, H a multiple of G; k_btGK: keys, and v_btGK: values.
-      queries: info of the queries, a pytree of [b, s]; keys: of the keys, [b, t].
+      x: see there.
       sees: which query sees which key. Pairs of tiles in which none does are skipped.
 
     Returns:
-      [b, s, H, K] in the dtype of `q_bsHK`, and the log-sum-exp of every query's scores, float32 [b, H, s]. A query
+      [b, s, H, K] in the dtype of the queries, and the log-sum-exp of every query's scores, float32 [b, H, s]. A query
       must see at least one key.
 
     No communication. Memory: the float32 scores of H x tile x tile.
     """
-    q_bsHK, queries, keys = not_hoisted(q_bsHK, queries, keys)
-    q_nbqGRK = query_tiles(q_bsHK, k_btGK.shape[2])
-    queries_n, start = jax.tree.map(tiles, queries), Softmax.empty(q_nbqGRK)
-    return absorb(q_nbqGRK, (k_btGK, v_btGK), start, queries_n, keys, sees).finish(q_bsHK.dtype)
+    x = not_hoisted(x)
+    q_nbqGRK = query_tiles(x.q, x.k.shape[2])
+    queries_n, start = jax.tree.map(tiles, x.queries), Softmax.empty(q_nbqGRK)
+    return absorb(q_nbqGRK, (x.k, x.v), start, queries_n, x.keys, sees).finish(x.q.dtype)
 
 
 def attention_gradient(
-    q_bsHK: jax.Array,
-    k_btGK: jax.Array,
-    v_btGK: jax.Array,
-    queries: Any,
-    keys: Any,
-    o_bsHK: jax.Array,
-    lse_bHs: jax.Array,
-    do_bsHK: jax.Array,
-    sees: Sees,
+    x: Operands, o_bsHK: jax.Array, lse_bHs: jax.Array, do_bsHK: jax.Array, sees: Sees
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of `attention` with respect to q, k and v, from its results and the gradient of the first."""
-    q_bsHK, queries, keys = not_hoisted(q_bsHK, queries, keys)
-    known = Backward.of(q_bsHK, o_bsHK, lse_bHs, do_bsHK, k_btGK.shape[2])
-    queries_n, zero_n = jax.tree.map(tiles, queries), jnp.zeros_like(known.q_nbqGRK, jnp.float32)
+    x = not_hoisted(x)
+    known = Backward.of(x, o_bsHK, lse_bHs, do_bsHK)
+    queries_n, zero_n = jax.tree.map(tiles, x.queries), jnp.zeros_like(known.q_nbqGRK, jnp.float32)
     # All keys and values are here, gathered for this: their gradients need no second room of that size.
-    dq_n, (dk_btGK, dv_btGK) = known.visit((k_btGK, v_btGK), zero_n, None, queries_n, keys, sees)
-    return whole(dq_n, dim=1).reshape(q_bsHK.shape).astype(q_bsHK.dtype), dk_btGK, dv_btGK
+    dq_n, (dk_btGK, dv_btGK) = known.visit((x.k, x.v), zero_n, None, queries_n, x.keys, sees)
+    return whole(dq_n, dim=1).reshape(x.q.shape).astype(x.q.dtype), dk_btGK, dv_btGK
 
 
-def not_hoisted(q_bsHK: jax.Array, queries: Any, keys: Any) -> tuple[jax.Array, Any, Any]:
+def not_hoisted(x: Operands) -> Operands:
     """Masks are the same in every layer, so the scan over layers would make those of all pairs of tiles ahead of it and
     hold them: s x t bytes and more. Tied to this layer's queries they are not."""
-    return jax.lax.optimization_barrier((q_bsHK, queries, keys))
+    q, queries, keys = jax.lax.optimization_barrier((x.q, x.queries, x.keys))
+    return x._replace(q=q, queries=queries, keys=keys)
 
 
 def _sweep(
