@@ -130,9 +130,9 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and their `total`.
 
     Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data` too, and replicated
-    over the other axes; norm scales and Adafactor's row and column statistics are replicated. Gradients are those that
-    are added up over microbatches, in `precision.grad_reduce`. Step counters of a few bytes and weights that are
-    gathered once a step are left out.
+    over the other axes; norm scales are replicated, and Adafactor's row and column statistics, which are small, are
+    counted as if they were. Gradients are those that are added up over microbatches, in `precision.grad_reduce`. Step
+    counters of a few bytes and weights that are gathered once a step are left out.
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
     stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
@@ -197,11 +197,11 @@ def _optimizer_elements(optimizer: str, name: str, shape: Shape) -> tuple[int, i
     if optimizer == "muon":  # momentum for hidden matrices; embedding, head and norms take Adam
         hidden = name.startswith("layers.") and is_matrix(name)
         return (size if hidden else 2 * size), 0
-    if optimizer == "adafactor":
-        smaller, larger = sorted(shape)[-2:] if len(shape) > 1 else (0, 0)
-        if smaller < _SMALLEST_FACTORED:
+    if optimizer == "adafactor":  # each layer by itself
+        own = sorted(shape[1:] if name.startswith("layers.") else shape)
+        if len(own) < 2 or own[-2] < _SMALLEST_FACTORED:
             return size, 0
-        return 0, size // larger + size // smaller
+        return 0, size // own[-1] + size // own[-2]
     return {"adamw": 2, "lion": 1, "sgd": 1}[optimizer] * size, 0
 
 

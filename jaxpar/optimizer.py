@@ -52,14 +52,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if o.name == "sgd":
         return optax.chain(optax.add_decayed_weights(**decay), optax.sgd(rate, momentum=o.beta1))
     if o.name == "adafactor":
-        return _auto(
-            optax.chain(
-                optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-                optax.clip_by_block_rms(1.0),
-                optax.add_decayed_weights(**decay),
-                optax.scale_by_learning_rate(rate),
-            )
-        )
+        one = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0))
+        # Each layer by itself: else statistics and clipping would mix layers where there are many.
+        stack = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+        direction = optax.partition({"one": one, "stack": stack}, _one_or_stack)
+        return _auto(optax.chain(direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)))
     direction = contrib.muon(
         -1.0,  # the direction itself: its weight decay would not spare the norm scales
         beta=o.beta1,
@@ -84,6 +81,13 @@ def to_device(state: optax.OptState, config: Config) -> optax.OptState:
 
 def _move(state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+
+def _one_or_stack(params: Any) -> Any:
+    """Which leaves are one weight, and which a stack of those of all layers."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "stack" if leaf_name(path).startswith("layers.") else "one", params
+    )
 
 
 def _muon_dimensions(params: Any) -> Any:

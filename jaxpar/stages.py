@@ -108,8 +108,7 @@ def to_stages(tree: Any, config: Config) -> Any:
     """Puts stacked layers into the order in which the stages of the current mesh hold them.
 
     With `parallel.chunks` the layers of a stage do not follow one another, so state, optimizer state and gradients on
-    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name,
-    and by their length from those statistics of adafactor that are sums over layers (`validation` keeps them apart).
+    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name.
     Used where a state is made, saved or restored; see `pipeline.reorder`.
     """
     return _reorder(tree, config, to_stages=True)
@@ -135,11 +134,7 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
         local = functools.partial(pipeline.reorder, chunks=chunks, to_stages=to_stages)
         return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
 
-    def leaf(name: str, x: jax.Array) -> jax.Array:
-        stacked = "layers." in name and x.shape[:1] == (layers,)
-        return move(x) if stacked else x
-
-    leaves = [leaf(name, x) for name, x in named_leaves(tree).items()]
+    leaves = [move(x) if "layers." in name else x for name, x in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 

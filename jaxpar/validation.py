@@ -318,12 +318,6 @@ def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> N
             f"(a chunk takes as many microbatches as there are stages before the next one's turn); use "
             f"train.microbatches in {_nearest_multiples(M, stages)}, or parallel.chunks=1"
         )
-    if chunks > 1 and config.optimizer.name == "adafactor" and model.dim <= model.layers:
-        raise ConfigError(  # `stages.to_stages` tells what belongs to layers by its length
-            f"model.layers={model.layers} is not below model.dim={model.dim}, so that with "
-            f"optimizer.name=adafactor and parallel.chunks={chunks} sums over layers cannot be told from others; use "
-            f"parallel.chunks=1, another optimizer, or model.dim above {model.layers}"
-        )
     if config.memory.offload:
         raise ConfigError(
             f"memory.offload={config.memory.offload} is not built for a pipeline (mesh.pipeline={stages}), whose "

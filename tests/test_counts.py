@@ -102,17 +102,19 @@ def bytes_of(optimizer: str, mesh: MeshConfig) -> dict[str, int]:
     return memory.state_bytes(Config(model=SMALL, optimizer=OptimizerConfig(name=optimizer)), mesh)
 
 
+@pytest.mark.parametrize("layers", [2, 300], ids=["few layers", "more layers than dim"])
 @pytest.mark.parametrize("name", CHOICES["optimizer.name"])
-def test_state_bytes_are_those_optax_allocates(name):
+def test_state_bytes_are_those_optax_allocates(name, layers):
     import jax
 
     from jaxpar.optimizer import make_optimizer
 
-    config = Config(model=SMALL, optimizer=OptimizerConfig(name=name))
-    shapes = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in counts.parameter_shapes(SMALL).items()}
+    model = dataclasses.replace(SMALL, layers=layers)
+    config = Config(model=model, optimizer=OptimizerConfig(name=name))
+    shapes = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in counts.parameter_shapes(model).items()}
     state = jax.eval_shape(make_optimizer(config).init, shapes)
     parameters, optimizer = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.size > 32)
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.size > 32 and leaf.size != layers)
         for tree in (shapes, state)
     )
     assert memory.state_bytes(config, MeshConfig()) == {

@@ -54,15 +54,17 @@ class Formula:
         return m / (np.sqrt(self.average("v", g**2, self.beta2) / (1 - self.beta2**t)) + self.eps)
 
     def adafactor(self, g: np.ndarray, decay: np.ndarray, t: int) -> np.ndarray:
-        """Shazeer and Stern, 2018, algorithm 4, without relative steps; factored from 32 rows and columns on."""
-        keep = 1 - t**-0.8
-        if min(g.shape) >= 32:
-            rows = self.average("rows", np.mean(g**2, axis=1, keepdims=True), keep)
-            v = rows * self.average("columns", np.mean(g**2, axis=0, keepdims=True), keep) / np.mean(rows)
+        """Shazeer and Stern, 2018, algorithm 4, without relative steps; factored from 32 rows and columns on. Each
+        layer of a stack by itself."""
+        keep, layer = 1 - t**-0.8, tuple(range(self.name.startswith("layers."), g.ndim))
+        if len(layer) == 2 and min(g.shape[-2:]) >= 32:
+            rows = self.average("rows", np.mean(g**2, axis=-1, keepdims=True), keep)
+            columns = self.average("columns", np.mean(g**2, axis=-2, keepdims=True), keep)
+            v = rows * columns / np.mean(rows, axis=-2, keepdims=True)
         else:
             v = self.average("v", g**2, keep)
         direction = g / np.sqrt(v)
-        return direction / max(1.0, np.sqrt(np.mean(direction**2))) + decay
+        return direction / np.maximum(1.0, np.sqrt(np.mean(direction**2, axis=layer, keepdims=True))) + decay
 
     def muon(self, g: np.ndarray, decay: np.ndarray, t: int) -> np.ndarray:
         """Jordan et al., 2024: Nesterov momentum, then each layer's [in, out] matrix made orthogonal; else NAdamW.
@@ -109,6 +111,38 @@ def test_optimizer_equals_its_formula(name: str) -> None:
                 expected[leaf] = p - cosine_rate(n, config.optimizer, 4) * change
     changes = ({leaf: p - start[leaf] for leaf, p in tree.items()} for tree in (params, expected))
     all_within(f"{name}, change", *changes, limit=1e-5)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_layers_do_not_mix(name: str) -> None:
+    """Two updates of a stack of more layers than any layer has rows or columns equal those of each layer alone."""
+    config = config_of(train=dict(steps=4), optimizer=dict(name=name, warmup_steps=0, weight_decay=0.3))
+    layers, optimizer, random = 40, make_optimizer(config), np.random.default_rng(0)
+    shapes = {
+        "layers.attention.query": (layers, 33, 2, 4),
+        "layers.mlp.up": (layers, 33, 35),
+        "layers.mlp_norm.scale": (layers, 33),
+    }
+    # Layers whose gradients differ in size: what is mixed is not nearly the same.
+    sizes = np.geomspace(1e-2, 1e2, layers)
+    params, *gradients = (
+        {k: (random.normal(size=v).T * sizes).T.astype(np.float32) for k, v in shapes.items()} for _ in range(3)
+    )
+    update = jax.jit(optimizer.update)
+
+    def updates(only: slice) -> list[dict[str, np.ndarray]]:
+        mine, *steps = ({k: jnp.asarray(x[only]) for k, x in tree.items()} for tree in (params, *gradients))
+        state, found = optimizer.init(mine), []
+        for g in steps:
+            change, state = update(g, state, mine)
+            found.append(jax.tree.map(np.asarray, change))
+        return found
+
+    with jax.set_mesh(mesh_of()):
+        alone = [updates(slice(n, n + 1)) for n in range(layers)]
+        for step, together in enumerate(updates(slice(None))):
+            expected = {k: np.concatenate([one[step][k] for one in alone]) for k in shapes}
+            all_within(f"{name}, update {step}", together, expected, limit=1e-5)
 
 
 # adafactor and muon mix a whole matrix; for the others, which do not, the curve above stands in the fast tests.

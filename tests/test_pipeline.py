@@ -208,11 +208,11 @@ def test_a_pipeline_of_chunks_resumes_without_and_back(text, tmp_path):  # noqa:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "model"),
-    [("adafactor", dict(layers=32)), ("muon", dict(layers=8)), ("adamw", dict(layers=8, dim=8, heads=2, kv_heads=2))],
+    [("adafactor", dict(layers=8)), ("muon", dict(layers=8)), ("adamw", dict(layers=8, dim=8, heads=2, kv_heads=2))],
     ids=["adafactor", "muon", "as many layers as dim"],
 )
 def test_state_of_any_optimizer_has_the_order_of_the_network(text, optimizer, model):  # noqa: F811
-    """Adafactor also keeps sums over rows and columns, of which those of the norms are one number a layer."""
+    """Adafactor also keeps sums over rows and columns, those of each layer by itself."""
     config = pipeline_config(text, chunks=2, optimizer=dict(name=optimizer, warmup_steps=0), model=model)
     found = []
     for sizes in (MeshConfig(), MeshConfig(pipeline=2, fsdp=2)):
@@ -354,16 +354,6 @@ def test_collectives_keep_their_order(text, schedule):  # noqa: F811
         (dict(parallel=dict(chunks=0)), dict(), ("parallel.chunks=0", "at least 1")),
         (dict(parallel=dict(schedule="1f2b")), dict(), ("'1f2b'", "gpipe, 1f1b", "Did you mean 1f1b?")),
         (dict(memory=dict(offload="residual")), dict(pipeline=2), ("memory.offload=residual", "mesh.pipeline=2")),
-        (
-            dict(
-                model=dict(layers=256, dim=256),
-                parallel=dict(chunks=2),
-                optimizer=dict(name="adafactor"),
-                train=dict(microbatches=2, batch_size=8),
-            ),
-            dict(pipeline=2),
-            ("model.layers=256", "model.dim=256", "adafactor", "parallel.chunks=1", "model.dim above 256"),
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(groups, sizes, words):
