@@ -75,7 +75,10 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
     entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
     gradients = _gradients(config, mesh, state["gradients"], entered)
-    activations = model.layers // (mesh.pipeline * chunks) * sum(sizes[name] for name in config.memory.kept)
+    kept = sum(sizes[name] for name in config.memory.kept)
+    if "attention" in config.memory.kept:
+        kept += attention_residual_bytes(config, mesh)
+    activations = model.layers // (mesh.pipeline * chunks) * kept
     if mesh.pipeline * chunks == 2 and (mesh.tensor > 1 or (mesh.fsdp > 1 and not gathered_once)):
         # The phases of forward and of backward passes alone are one tick each, no loops, and XLA moves zeros and
         # results of the others' loops out of them: about half of the stacks exist twice.
@@ -186,6 +189,26 @@ def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
         "up": model.ffn_dim // mesh.tensor,
     }
     return {name: tokens * count for name, count in elements.items()}
+
+
+_QUERIES, _WHOLE_ROWS = 512, 2048  # in attention.py, which imports jax
+
+
+def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
+    """Bytes on a device that go by the name `attention` besides the result, of one layer and one microbatch.
+
+    They are the log-sum-exp of the scores, float32, and with Ulysses the result before it goes back to the devices of
+    its tokens. XLA's attention of short rows needs neither. What `attention.implementation=auto` takes depends on the
+    GPU; cuDNN is assumed, which is too much by 2 / head_dim of `attention` where it takes XLA for short rows.
+    """
+    parallel, length = config.parallel, config.data.sequence_length
+    queries = length if parallel.context == "ulysses" else length // mesh.sequence
+    short = parallel.context != "ring" and (queries <= _QUERIES or length <= _WHOLE_ROWS)
+    if config.attention.implementation == "xla" and short:
+        return 0
+    result = activation_bytes(config, mesh)["attention"]
+    log_sum_exp = 4 * result // (ITEMSIZE[config.precision.compute] * config.model.head_dim)
+    return log_sum_exp + (result if parallel.context == "ulysses" else 0)
 
 
 _SMALLEST_FACTORED = 32  # min_dim_size_to_factor in optimizer.py, which imports jax
