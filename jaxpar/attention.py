@@ -15,18 +15,15 @@ from jax.ad_checkpoint import checkpoint_name as keep
 
 from jaxpar import cudnn
 from jaxpar.config import Config, ConfigError
-from jaxpar.parallel import context, tiles
+from jaxpar.parallel import context, rows, tiles
 from jaxpar.parallel.tiles import Operands
 from jaxpar.sharding import Rules, all_manual
 
 # B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
 
 
-_QUERIES = 512
-"""Queries that are worked on at a time."""
-
 _WHOLE_ROWS = 2048
-"""Keys up to which the scores of `_QUERIES` queries and all keys are held; beyond, those of tiles."""
+"""Keys up to which the scores of `rows.CHUNK` queries and all keys are held; beyond, those of tiles."""
 
 
 class TokenInfo(NamedTuple):
@@ -143,10 +140,11 @@ def _specs(rules: Rules) -> Operands:
 
 class Kernel(NamedTuple):
     """Attention of what is on one device, and its gradient: a function of the operands to the result and the
-    log-sum-exp of the scores, and one of these and the result's gradient to the gradients of q, k and v."""
+    log-sum-exp of the scores, and one of these and the result's gradient to the gradients of q, k and v. Where the
+    gradient needs neither result nor log-sum-exp, the second is None, and so is what the gradient is given."""
 
-    forward: Callable[[Operands], tuple[jax.Array, jax.Array]]
-    backward: Callable[[Operands, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+    forward: Callable[[Operands], tuple[jax.Array, jax.Array | None]]
+    backward: Callable[[Operands, Any, Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -157,11 +155,11 @@ def _attention(kernel: Kernel, x: Operands) -> jax.Array:
 def _attention_forward(kernel: Kernel, x: Operands):
     """Remat keeps the log-sum-exp with the result, for without both attention runs again. They are named here because
     here they are residuals: a name given to the result outside would be that of a second copy."""
-    o_BSHK, lse_BHS = (keep(result, "attention") for result in kernel.forward(x))
-    return o_BSHK, (x, o_BSHK, lse_BHS)
+    o_BSHK, lse_BHS = jax.tree.map(lambda result: keep(result, "attention"), kernel.forward(x))
+    return o_BSHK, (x, None if lse_BHS is None else o_BSHK, lse_BHS)
 
 
-def _attention_backward(kernel: Kernel, residuals: tuple[Operands, jax.Array, jax.Array], do_BSHK: jax.Array):
+def _attention_backward(kernel: Kernel, residuals: tuple[Operands, Any, Any], do_BSHK: jax.Array):
     return (Operands(*kernel.backward(*residuals, do_BSHK), None, None),)
 
 
@@ -194,8 +192,8 @@ def _local(kernel: Kernel | None, x: Operands) -> jax.Array:
     if kernel is not None:
         return _attention(kernel, x)
     S, T = x.q.shape[1], x.k.shape[1]
-    if S <= _QUERIES or T <= _WHOLE_ROWS:
-        return keep(_softmax_attention(x), "attention")
+    if S <= rows.CHUNK or T <= _WHOLE_ROWS:
+        return _attention(_ROWS, x)
     return _attention(_TILES, jax.tree.map(lambda x_BT: _padded(x_BT, tiles.TILE), x))[:, :S]
 
 
@@ -205,6 +203,7 @@ def _padded(x_BT: jax.Array, tokens: int) -> jax.Array:
 
 
 _RING = Kernel(functools.partial(context.ring, sees=sees), functools.partial(context.ring_gradient, sees=sees))
+_ROWS = Kernel(functools.partial(rows.attention, sees=sees), functools.partial(rows.attention_gradient, sees=sees))
 _TILES = Kernel(functools.partial(tiles.attention, sees=sees), functools.partial(tiles.attention_gradient, sees=sees))
 
 
@@ -224,27 +223,3 @@ _CUDNN = {
     "documents": _cudnn(lambda q_BSHK: 0),
     "part": _cudnn(lambda q_BSHK: jax.lax.axis_index("sequence") * q_BSHK.shape[1]),
 }
-
-
-def _softmax_attention(x: Operands) -> jax.Array:
-    """Attention in chunks of `_QUERIES` queries, so that only B x H x _QUERIES x T scores exist at a time."""
-    # Not every backend multiplies float16 into float32.
-    dtype = jnp.dtype("float32") if x.q.dtype == jnp.float16 else x.q.dtype
-    # In float32 here and back inside: so the gradients of all chunks add up in float32.
-    k32_BTGK, v32_BTGK = (kv.astype(jnp.float32) for kv in (x.k, x.v))
-
-    @jax.checkpoint  # the scores are quadratic in S: recompute them instead of keeping them
-    def chunk(q_BCHK: jax.Array, queries: TokenInfo) -> jax.Array:
-        k_BTGK, v_BTGK = (kv.astype(dtype) for kv in (k32_BTGK, v32_BTGK))
-        o_BCHK = jax.nn.dot_product_attention(q_BCHK.astype(dtype), k_BTGK, v_BTGK, mask=sees(queries, x.keys)[:, None])
-        return o_BCHK.astype(q_BCHK.dtype)
-
-    batch, length = x.q.shape[:2]
-    if length <= _QUERIES:
-        return chunk(x.q, x.queries)
-
-    def split(x_BS: jax.Array) -> jax.Array:
-        return jnp.moveaxis(_padded(x_BS, _QUERIES).reshape(batch, -1, _QUERIES, *x_BS.shape[2:]), 1, 0)
-
-    o_NBCHK = jax.lax.map(lambda some: chunk(*some), jax.tree.map(split, (x.q, x.queries)))
-    return jnp.moveaxis(o_NBCHK, 0, 1).reshape(batch, -1, *x.q.shape[2:])[:, :length]

@@ -208,11 +208,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """`gpu_preset`: the options of `xla.GPU_OPTIONS`. `cache`: where compiled programs are kept for the next start:
+    """`preset`: the options of `xla.PRESET`. `cache`: where compiled programs are kept for the next start:
     `auto` (the user's cache folder), `none`, or a folder. `unroll`: layers in one turn of the layer loop; more of them
     stack fewer activations and compile longer."""
 
-    gpu_preset: bool = True
+    preset: bool = True
     cache: str = "auto"
     unroll: int = 1
 

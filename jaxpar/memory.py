@@ -191,7 +191,7 @@ def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     return {name: tokens * count for name, count in elements.items()}
 
 
-_QUERIES, _WHOLE_ROWS = 512, 2048  # in attention.py, which imports jax
+_CHUNK, _WHOLE_ROWS = 512, 2048  # in parallel/rows.py and attention.py, which import jax
 
 
 def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
@@ -203,7 +203,7 @@ def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
     """
     parallel, length = config.parallel, config.data.sequence_length
     queries = length if parallel.context == "ulysses" else length // mesh.sequence
-    short = parallel.context != "ring" and (queries <= _QUERIES or length <= _WHOLE_ROWS)
+    short = parallel.context != "ring" and (queries <= _CHUNK or length <= _WHOLE_ROWS)
     if config.attention.implementation == "xla" and short:
         return 0
     result = activation_bytes(config, mesh)["attention"]

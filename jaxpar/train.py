@@ -165,7 +165,8 @@ def batch_sharding(config: Config, mesh: Mesh) -> tuple[NamedSharding, list[int]
 def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
     """The state to begin with, from a checkpoint or fresh, and the number of samples of this data it has seen."""
     if found is None:
-        return jax.jit(lambda: init_state(config))(), 0
+        options = xla.options(config.compile, jax.sharding.get_mesh().devices.flat, once=True)
+        return jax.jit(lambda: init_state(config), compiler_options=options)(), 0
     state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
     state = stages.to_stages(state, config)
     if differences := other_data(found, config):  # of another run: `check_resume` has seen to that

@@ -1,4 +1,4 @@
-"""XLA's settings: its options for NVIDIA GPUs, and where it keeps compiled programs.
+"""XLA's settings: its options, and where it keeps compiled programs.
 
 Options travel with each compilation, so they also reach the compiler of GPUs that are not there.
 """
@@ -11,21 +11,35 @@ import jax
 
 from jaxpar.config import CompileConfig
 
-GPU_OPTIONS: dict[str, bool] = {
-    # Collectives run while matmuls do. On in the jax that this was written with, off in older ones, and so said here;
-    # recommended by https://docs.jax.dev/en/latest/gpu_performance_tips.html.
-    "xla_gpu_enable_latency_hiding_scheduler": True,
+PRESET: dict[str, dict[str, bool]] = {
+    "gpu": {
+        # Collectives run while matmuls do. On in the jax that this was written with, off in older ones, and so said here;
+        # recommended by https://docs.jax.dev/en/latest/gpu_performance_tips.html.
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
+    "cpu": {
+        # The optimizer's state is updated where it lies. Without it XLA copies both of Adam's moments, because it does
+        # not see that they are read before they are overwritten; docs/xla_options.md has the bytes.
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+    },
 }
-"""What jaxpar asks of XLA on NVIDIA GPUs. docs/xla_options.md has what other options change, and why they are not here:
-XLA's own defaults cover all but 1% of the bytes that layers gather and reduce."""
+"""What jaxpar asks of XLA for all its programs, by platform. docs/xla_options.md has what these and other options change:
+on GPUs XLA's own defaults cover all but 1% of the bytes that layers gather and reduce."""
+
+ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 1}}
+"""What it asks besides for a program that runs once: to be compiled in half the time. docs/xla_options.md."""
 
 
-def options(config: CompileConfig, devices: Iterable[jax.Device]) -> dict[str, bool]:
-    """`compiler_options` of `jax.jit` for a program on `devices`; what the user's `XLA_FLAGS` name is left to them."""
-    if not config.gpu_preset or any(device.platform not in ("gpu", "cuda") for device in devices):
+def options(config: CompileConfig, devices: Iterable[jax.Device], *, once: bool = False) -> dict[str, bool | int]:
+    """`compiler_options` of `jax.jit` for a program on `devices`; what the user's `XLA_FLAGS` name is left to them.
+    `once`: it is to run only once."""
+    platforms = {"gpu" if device.platform == "cuda" else device.platform for device in devices}
+    if not config.preset or len(platforms) != 1:
         return {}
+    platform = platforms.pop()
+    asked = PRESET.get(platform, {}) | (ONCE.get(platform, {}) if once else {})
     named = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in GPU_OPTIONS.items() if name not in named}
+    return {name: value for name, value in asked.items() if name not in named}
 
 
 def keep_compiled(config: CompileConfig, cache: Path) -> None:

@@ -50,7 +50,7 @@ def compile_case(tensor: bool) -> dict[str, float]:
         name, sizes, topology = "llama3_70b", MeshConfig(fsdp=8, tensor=8), "8x1x8"
     raw = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
     batch = dict(batch_size=8 * sizes.tensor)
-    raw.update(dict(train=batch, memory=dict(remat="full"), compile=dict(gpu_preset=False)))
+    raw.update(dict(train=batch, memory=dict(remat="full"), compile=dict(preset=False)))
     mesh = make_mesh(sizes, absent_gpus(find("h100").target, topology))
     compiled = compile_train_step(resolve(raw), mesh)
     stats = compiled.memory_analysis()
@@ -101,7 +101,7 @@ measured.
 {table}
 
 *covered* and *bare*: MiB that the collectives of one turn of the loops over layers, forward and backward, carry with
-and without a matmul between their start and their end. `compile.gpu_preset=false` takes XLA's defaults;
+and without a matmul between their start and their end. `compile.preset=false` takes XLA's defaults;
 an option that `XLA_FLAGS` names is left to it.
 Pipelining covers the last percent for memory; double buffering makes a turn of two layers and covers the same share;
 combining leaves less to overlap. Pipelining also takes hold of what tensor parallelism sends, and then computes some of

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 TILE = 1024
 """Tokens to a side of the scores held at a time, about: a tile divides half a block."""
 
-_HIDDEN = -1e30
+HIDDEN = -1e30
 """Score of a key that is not seen: finite, so that a row of nothing else gives no NaN."""
 
 Sees = Callable[[Any, Any], jax.Array]
@@ -46,7 +46,7 @@ class Softmax(NamedTuple):
     @classmethod
     def empty(cls, q_nbqGRK: jax.Array) -> "Softmax":
         values = jnp.zeros_like(jnp.moveaxis(q_nbqGRK, 2, 4), jnp.float32)
-        return cls(jnp.full_like(values[..., 0], _HIDDEN), jnp.zeros_like(values[..., 0]), values)
+        return cls(jnp.full_like(values[..., 0], HIDDEN), jnp.zeros_like(values[..., 0]), values)
 
     def finish(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The result [b, s, H, K], and the log-sum-exp [b, H, s]."""
@@ -63,7 +63,7 @@ def absorb(
 
     def tile(old: Softmax, _: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array) -> tuple[Softmax, tuple]:
         k_bkGK, v_bkGK = kv
-        scores = jnp.where(mask_bqk[:, None, None], _scores(q_nbqGRK[i], k_bkGK), _HIDDEN)
+        scores = jnp.where(mask_bqk[:, None, None], _scores(q_nbqGRK[i], k_bkGK), HIDDEN)
         # Hidden keys of a row that has seen none yet count 1 each, until its first visible one scales them by 0.
         top = jnp.maximum(old.top, scores.max(-1))
         shares, scale = jnp.exp(scores - top[..., None]), jnp.exp(old.top - top)
