@@ -4,6 +4,7 @@ A checkpoint is a directory `WORKDIR/checkpoints/STEP` that Orbax renames into p
 
     state/    one zarr array a leaf, by dotted name (`model.layers.attention.query`, `optimizer.mu.head`), any mesh
     data/     JSON: the position in the data
+    corpus/   JSON: marks of the files of the corpus, by which it is known again where they have moved
     config/   JSON: the resolved config of the run
     metrics/  JSON: the evaluation, where the best checkpoints are kept
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxpar.config import Config, ConfigError, configure, field_paths, value_of
+from jaxpar.sources import content_mark
 from jaxpar.validation import resolve
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ _ORDER_OF_DATA = (
     *("data.validation_fraction", "data.validation_source", "train.seed"),
 )
 """What decides which windows the position in the data has passed."""
+
+_FILES_OF_DATA = ("data.source", "data.validation_source")
+"""Those of them that may change with the place of the same files."""
 
 
 # Before jax starts.
@@ -121,7 +126,7 @@ def check_resume(workdir: str | Path, config: Config) -> None:
 
 def other_data(directory: Path, config: Config) -> list[str]:
     """The fields by which the data of a checkpoint differs from that of `config`, with both values; [] where its
-    position in the data means the same windows."""
+    position in the data means the same windows: a corpus may have moved."""
     return _differences(directory, config, _ORDER_OF_DATA)
 
 
@@ -132,9 +137,17 @@ def _differences(directory: Path, config: Config, paths: Iterable[str]) -> list[
         value: Any = saved
         for name in path.split("."):
             value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if value is not _ABSENT and value != value_of(config, path):
+        if value is not _ABSENT and value != value_of(config, path) and not _moved(directory, config, path):
             differences.append(f"{path}: checkpoint {value}, config {value_of(config, path)}")
     return differences
+
+
+def _moved(directory: Path, config: Config, path: str) -> bool:
+    """Whether a field names the files of a checkpoint's corpus in another place."""
+    if path not in _FILES_OF_DATA or not (directory / "corpus").is_dir():  # older checkpoints have none
+        return False
+    mark = _read_json(directory, "corpus").get(path)
+    return mark is not None and mark == content_mark(value_of(config, path), path)
 
 
 _ABSENT = object()  # a field that is younger than the checkpoint
@@ -198,6 +211,7 @@ class Checkpointer:
         _quiet_orbax()
         self._workdir, self._config = Path(workdir).absolute(), config
         self._directory = self._workdir / "checkpoints"
+        self._marks = {path: content_mark(value_of(config, path), path) for path in _FILES_OF_DATA}
         settings, keep = config.checkpoint, ocp.checkpoint_managers
         policies: list[Any] = [keep.LatestN(settings.keep)]
         if settings.keep_best:
@@ -214,6 +228,7 @@ class Checkpointer:
             item_handlers={
                 "state": _state_handler(),
                 "data": ocp.JsonCheckpointHandler(),
+                "corpus": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -248,6 +263,7 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(named_leaves(state)),
             data=ocp.args.JsonSave(dict(data)),
+            corpus=ocp.args.JsonSave(self._marks),
             config=ocp.args.JsonSave(dataclasses.asdict(self._config)),
         )
         self._manager.save(step, args=items, metrics=None if metrics is None else dict(metrics), force=True)

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from jaxpar.config import ConfigError
+from jaxpar.sources import MANIFEST
 from jaxpar.tokenizer import Tokenizer, fingerprint
-
-MANIFEST = "manifest.json"
 
 HEADER_BYTES = 256 * 4
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}

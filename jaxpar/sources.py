@@ -14,7 +14,16 @@ SEPARATOR = "<|endoftext|>"
 
 STORIES = Path(__file__).parent / "assets" / "stories.txt"
 TINYSTORIES = "roneneldan/TinyStories"
+NAMED = ("stories", "tinystories", "synthetic")
+"""Corpora that are known by their name."""
+
 OFFLINE = "data.source=stories (bundled), or the path of a local .txt, .jsonl, .parquet or .bin file"
+
+MANIFEST = "manifest.json"
+"""What `jaxpar.prepare` writes beside token shards."""
+
+BLOCK, BLOCKS = 1 << 16, 1 << 10
+"""Bytes that `content_mark` reads in one place of a corpus, and the number of places: 64 MiB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +76,33 @@ def find_source(source: str, field: str = "data.source") -> Source:
     if len({file.suffix == ".bin" for file in found.files}) > 1:
         raise ConfigError(f"{field}={source!r} mixes text and token shards; name one kind, such as '*.bin'")
     return found
+
+
+def content_mark(source: str, field: str = "data.source") -> str | None:
+    """Tells a corpus from others, whatever path leads to it; None for those that go by a name, and for none.
+
+    It is a sha256 of kind, size and content of the files in their order. Of more than 64 MiB the content is sampled,
+    evenly over every file.
+
+    Raises:
+      ConfigError: as `find_source`.
+    """
+    if not source or source in NAMED:
+        return None
+    found, digest = find_source(source, field), hashlib.sha256()
+    beside = dict.fromkeys(file.with_name(MANIFEST) for file in found.files if found.shards)
+    manifests = tuple(filter(Path.is_file, beside))
+    for files in (found.files, found.validation, manifests):
+        digest.update(f"{len(files)} files\n".encode())
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.suffix} {size}\n".encode())
+            places = min(max(1, BLOCKS // len(files)), -(-size // BLOCK))
+            with file.open("rb") as content:
+                for place in range(places):
+                    content.seek(max(0, size - BLOCK) * place // max(1, places - 1))
+                    digest.update(content.read(BLOCK))
+    return digest.hexdigest()
 
 
 def documents(files: Iterable[Path], text_field: str) -> Iterator[str]:

@@ -254,6 +254,55 @@ def test_a_run_goes_on_with_its_own_data_only(used, tmp_path, field):
     assert checkpoint.other_data(used / "checkpoints" / "2", elsewhere) == [change]
 
 
+def write_text(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    for n, part in enumerate(text.split("|")):
+        (folder / f"{n}.txt").write_text(part)
+    return folder / "*.txt"
+
+
+def write_shards(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"dtype": "uint16"}')
+    for name, part in zip(("train_0", "train_1", "val_0"), text.split("|"), strict=True):
+        np.array(list(part.encode()), np.uint16).tofile(folder / f"{name}.bin")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_text, write_shards])
+def test_a_corpus_that_has_moved_is_the_same(tmp_path, write):
+    """Its content decides; of a name there is no content to compare, and older checkpoints do not know theirs."""
+    text = "one|two|three"
+
+    def config(source: Path | str, validation: str = "") -> Config:
+        return Config(data=DataConfig(source=str(source), validation_source=str(validation)))
+
+    here, held = write(tmp_path / "here", text), tmp_path / "held.txt"
+    held.write_text("held out")
+    checkpointer = Checkpointer(tmp_path / "run", config(here, held))
+    checkpointer.save(1, small(1), data={})
+    checkpointer.close()
+    there = write(tmp_path / "there", text)
+    held_there = held.rename(tmp_path / "moved.txt")
+    checkpoint.check_resume(tmp_path / "run", config(there, held_there))
+    others = {
+        "edited": config(write(tmp_path / "edited", "one|twO|three"), held_there),
+        "in another order": config(write(tmp_path / "ordered", "two|one|three"), held_there),
+        "a name": config("stories", held_there),
+        "no longer given": config(there),
+    }
+    if write is write_shards:
+        (there / "manifest.json").unlink()
+        others["without its manifest"] = config(there, held_there)
+    for why, other in others.items():
+        with pytest.raises(ConfigError, match=r"is in the middle of other data:\n  data\.(validation_)?source: "):
+            checkpoint.check_resume(tmp_path / "run", other)
+            pytest.fail(why)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / "corpus")
+    with pytest.raises(ConfigError, match=r"data.source: checkpoint"):
+        checkpoint.check_resume(tmp_path / "run", config(write(tmp_path / "older", text), held_there))
+
+
 def test_what_a_run_may_change(used):
     """Everything but the model, the data and the order of both."""
     config = Config(

@@ -19,6 +19,32 @@ def test_text_documents(tmp_path: Path) -> None:
     assert list(sources.documents([path], "text")) == ["one\ntwo", "\nthree<|endoftext|>x"]
 
 
+def test_content_mark_of_a_large_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled at the begin, the end and between of every file; whole where it is small; sizes always count."""
+    monkeypatch.setattr(sources, "BLOCK", 4)
+    monkeypatch.setattr(sources, "BLOCKS", 6)
+    content = {"a.txt": b"0123456789" * 2, "b.txt": b"abcdefghij" * 2}
+
+    def mark(**changes: bytes) -> str | None:
+        for name, text in content.items():
+            (tmp_path / name).write_bytes(changes.get(name[0], text))
+        return sources.content_mark(str(tmp_path / "*.txt"))
+
+    whole = mark()
+    assert whole == mark() == sources.content_mark(f"{tmp_path}/[ab].txt")
+    read = [whole != mark(a=_with(content["a.txt"], n)) for n in range(20)]
+    assert read == [n < 4 or 8 <= n < 12 or n >= 16 for n in range(20)]
+    assert whole != mark(b=content["b.txt"] + b"k")
+    monkeypatch.setattr(sources, "BLOCKS", 10)
+    whole = mark()
+    assert all(whole != mark(b=_with(content["b.txt"], n)) for n in range(20))
+    assert sources.content_mark("stories") is sources.content_mark("tinystories") is sources.content_mark("") is None
+
+
+def _with(text: bytes, place: int) -> bytes:
+    return text[:place] + b"!" + text[place + 1 :]
+
+
 # TinyStories, from a server on this machine.
 
 
