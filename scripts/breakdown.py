@@ -2,18 +2,15 @@
 
   python scripts/breakdown.py --config=configs/cpu_bench.py [--config.precision.compute=bfloat16]
 
-The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured here. What the step takes
-beyond its parts (the stacking of activations by the layer loop, the embedding, the metrics) is what `bench_step.py
---breakdown` calls the rest.
+The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured here. `bench_step.py
+--breakdown` puts these parts beside a whole step and calls the difference the rest: activations that the layer loop
+stacks, the embedding, the metrics, and on CPUs what the parts gain or lose by other neighbours in the cache.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +50,8 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
     """Attention, matmuls, the rest of a layer, and what remat computes again, of all layers and one microbatch."""
     m, layout, L = config.model, model.layout, config.model.layers
     B, S = config.train.batch_size // config.train.microbatches, config.data.sequence_length
-    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S), out_sharding=layout.rules.spec("batch", "seq"))
+    at_tokens = layout.rules.spec("batch", "seq")
+    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S), out_sharding=at_tokens)
     context = jax.jit(model.context)(TokenInfo(positions, jnp.ones_like(positions)))
     layer = jax.tree.map(lambda w: w[0], enter(model, config).layers)
     x = jnp.ones((B, S, m.dim), layout.dtype, out_sharding=layout.residual)
@@ -156,23 +154,6 @@ def both_ways(function: Callable, *arrays: Any, turns: int = 1) -> float:
 
     gradient = jax.jit(lambda *arrays: jax.tree.map(jnp.ones_like, function(*arrays)))(*arrays)
     return seconds(jax.jit(program), gradient, *arrays, repeats=REPEATS)
-
-
-def table(parts: dict[str, Any], total: float) -> str:
-    """Markdown, for a step of `total` seconds."""
-    rest = total - sum(alone for _, alone, _ in parts["rows"])
-    lines = [
-        f"Roofline: {parts['rate'] / 1e12:.3g} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:.3g} GB/s of copy.",
-        "",
-        "| part of a step | ms, alone | ms at the roofline | share of the step |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {1e3 * alone:,.1f} | {1e3 * least:,.1f} | {alone / total:.0%} |"
-            for name, alone, least in parts["rows"]
-        ),
-        f"| the rest | {1e3 * rest:,.1f} | | {rest / total:.0%} |",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:
