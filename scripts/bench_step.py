@@ -3,9 +3,9 @@
   python scripts/bench_step.py --config=configs/tiny.py [--config.precision.compute=float32] [--contenders=jaxpar,eager]
 
 Contenders are jaxpar, eager and compile (PyTorch's `torch.compile`); NAME@PYTHON runs one with the interpreter of
-another environment, so that versions of jax stand in one table. They run in turn, each round in a process of its own (its
-memory and its start are its own), `--rounds` times; the first round compiles, the later ones find what it kept. Given
-are medians, and ratios to `eager` of the same run. `--breakdown` adds the parts of jaxpar's step; see breakdown.py.
+another environment, so that versions of jax stand in one table. They run in turn, each round in a process of its own
+(its memory and its start are its own), `--rounds` times; the first round compiles, the later ones find what it kept.
+Given are medians, and ratios to `eager` of the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
 """
 
 import dataclasses
@@ -191,18 +191,19 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"`{result['command']}`",
         "",
-        f"{result['date']}, {result['device']}, Python {result['python']}. {result['parameters'] / 1e6:,.1f}M parameters "
+        f"{result['date']}, {result['device']}, Python {result['python']}. "
+        f"{result['parameters'] / 1e6:,.1f}M parameters "
         f"(dim {m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), "
         f"{config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
         f"{config['precision']['compute']}, remat {config['memory']['remat']}, {result['mesh']}.",
         "",
-        "| | tokens/s | against eager | MFU, causal / square | peak memory, MB | first step, s: cold / cached | compile |",
+        "| | tokens/s | against eager | MFU, causal / square | peak, MB | first step, s: cold / cached | compile, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["contenders"].items():
         program = name.partition("@")[0]
         label = {"eager": "PyTorch, eager", "compile": "`torch.compile`"}.get(program, program) + f", {row['version']}"
-        compiling = f"{row['compile'][0]:.1f} s" if row["compile"][0] else ""
+        compiling = f"{row['compile'][0]:.1f}" if row["compile"][0] else ""
         mfu = " / ".join("not known" if x is None else f"{x:.1%}" for x in row["mfu"])
         cold, cached = row["first_step"]
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
