@@ -34,16 +34,20 @@ Row = tuple[str, float, float]
 def breakdown(config: Config) -> dict[str, Any]:
     """Parts of one step on the current mesh, which has one device: `rate` in FLOP/s, `bandwidth` in bytes/s, and `rows`
     of `Row`; those of layers and loss are of all layers and microbatches."""
-    size = 8192 if jax.default_backend() == "gpu" else 1024
-    square = jnp.ones((size, size), config.precision.compute)
-    multiply = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32).astype(a.dtype))
-    rate = 2 * size**3 / seconds(multiply, square, repeats=REPEATS)
-    long = jnp.ones(size**2 * 32, jnp.float32)
+    large = jax.default_backend() == "gpu"
+    rate = max(matmul_rate(size, config.precision.compute) for size in ((4096, 8192) if large else (512, 1024, 2048)))
+    long = jnp.ones(2**29 if large else 2**25, jnp.float32)
     bandwidth = 2 * long.nbytes / in_place(lambda a: a + 1, long)
     model = jax.jit(lambda: init_state(config).model)()
     parts = [*layer_parts(model, config, rate), head_part(model, config, rate)]
     rows = [(name, alone * config.train.microbatches, least) for name, alone, least in parts]
     return dict(rate=rate, bandwidth=bandwidth, rows=[*rows, optimizer_part(model, config, bandwidth)])
+
+
+def matmul_rate(size: int, dtype: str) -> float:
+    """FLOP/s of a square matmul, as the layers call it."""
+    square, multiply = jnp.ones((size, size), dtype), jax.jit(lambda a: einsum("ab,bc->ac", a, a))
+    return 2 * size**3 / seconds(multiply, square, repeats=REPEATS)
 
 
 def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
