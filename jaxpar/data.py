@@ -273,17 +273,16 @@ def batches(
       place: what else the threads do to a batch: `global_batch`, so that it waits on the devices.
 
     Returns:
-      An iterator of `Batch` (int32 [M, b, S], of numpy unless placed). Its `close()` ends the threads; an error of a thread is raised by
-      `next`.
+      An iterator of `Batch` (int32 [M, b, S], of numpy unless placed). Its `close()` ends the threads; an error of a
+      thread is raised by `next`.
     """
     order = _order(windows, seed)
     shape = (microbatches, batch_size // microbatches)
 
     def load(step: int) -> Batch:
-        batch = _assemble(windows, order, step * batch_size, shape, rows)
-        return place(batch) if place else batch
+        return _assemble(windows, order, step * batch_size, shape, rows)
 
-    return _ahead(load, start, stop, prefetch)
+    return _ahead(load, start, stop, prefetch, place)
 
 
 def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) -> list[int]:
@@ -299,11 +298,13 @@ def evaluation_batches(
     microbatches: int = 1,
     rows: Sequence[int] | None = None,
     prefetch: int = 2,
+    place: Callable[[Batch], Batch] | None = None,
 ) -> "grain.DatasetIterator[Batch]":
     """At most `count` batches (0: as many as cover the split), the same every time and evenly spread over the split.
 
     Returns:
-      An iterator of `Batch` (numpy int32 [M, b, S], M is 1 unless asked). The last one is filled up with padding.
+      An iterator of `Batch` (int32 [M, b, S], M is 1 unless asked; of numpy unless placed, see `batches`). The last
+      one is filled up with padding.
     """
     total = min(len(windows), count * batch_size) if count else len(windows)
     shape = (microbatches, batch_size // microbatches)
@@ -313,7 +314,7 @@ def evaluation_batches(
             windows, lambda samples: (samples * len(windows) // total).tolist(), n * batch_size, shape, rows, total
         )
 
-    return _ahead(load, 0, math.ceil(total / batch_size), prefetch)
+    return _ahead(load, 0, math.ceil(total / batch_size), prefetch, place)
 
 
 def _order(windows: Windows, seed: int) -> Callable[[np.ndarray], list[int]]:
@@ -357,11 +358,18 @@ def _assemble(
     return batch
 
 
-def _ahead(load: Callable[[int], Batch], start: int, stop: int | None, prefetch: int) -> "grain.DatasetIterator[Batch]":
+def _ahead(
+    load: Callable[[int], Batch],
+    start: int,
+    stop: int | None,
+    prefetch: int,
+    place: Callable[[Batch], Batch] | None,
+) -> "grain.DatasetIterator[Batch]":
     import grain
 
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(start, sys.maxsize if stop is None else stop).map(load).to_iter_dataset(options))
+    loaded = grain.MapDataset.range(start, sys.maxsize if stop is None else stop).map(load)
+    return iter((loaded.map(place) if place else loaded).to_iter_dataset(options))
 
 
 # Arrays over a mesh.

@@ -138,17 +138,18 @@ def evaluate(
 ) -> float | None:
     """Mean cross-entropy of the validation split in nats a token; None if a signal came in between."""
     assert corpus.validation is not None
-    sharding, rows = batch_sharding(config, mesh)
+    place, rows = placement(config, mesh)
     batches = data.evaluation_batches(
         corpus.validation,
         batch_size=config.train.batch_size,
         count=config.train.eval_batches,
         microbatches=config.train.microbatches,
         rows=rows,
+        place=place,
     )
     sums = []
     for batch in batches:
-        sums.append(eval_step(model, data.global_batch(batch, sharding, zigzag=config.parallel.zigzag)))
+        sums.append(eval_step(model, batch))
         if stop.number and jax.process_count() == 1:
             return None
     losses, tokens = zip(*jax.device_get(sums), strict=True)
@@ -160,6 +161,12 @@ def batch_sharding(config: Config, mesh: Mesh) -> tuple[NamedSharding, list[int]
     sharding = NamedSharding(mesh, batch_spec(config))
     rows = config.train.batch_size // config.train.microbatches
     return sharding, data.local_rows(sharding, (config.train.microbatches, rows, config.data.sequence_length))
+
+
+def placement(config: Config, mesh: Mesh) -> tuple[Callable[[data.Batch], data.Batch], list[int]]:
+    """How a batch gets onto the devices, and which rows of a microbatch this process has to load for that."""
+    sharding, rows = batch_sharding(config, mesh)
+    return functools.partial(data.global_batch, sharding=sharding, zigzag=config.parallel.zigzag), rows
 
 
 def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
@@ -209,7 +216,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
     offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
     checkpointer = Checkpointer(workdir, config)  # writes; nothing above does
     write_config(workdir, config, MeshConfig(*mesh.devices.shape))
-    sharding, rows = batch_sharding(config, mesh)
+    place, rows = placement(config, mesh)
     batches = data.batches(
         corpus.train,
         seed=config.train.seed,
@@ -219,7 +226,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         stop=max(steps, start) + offset,
         rows=rows,
         prefetch=config.data.prefetch,
-        place=functools.partial(data.global_batch, sharding=sharding, zigzag=config.parallel.zigzag),
+        place=place,
     )
     windows = functools.partial(data.batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size)
     watchdog = Watchdog(

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxpar.config import DataConfig
 from jaxpar.data import batches, open_data
 
+ROOT = Path(__file__).parents[1]
 SHARDS, ROWS, SECONDS = 8, 128, 2.0
 
 
@@ -85,7 +85,7 @@ def rate(folder: str, length: int) -> float:
 
 
 def run(folder: str, tokens: int) -> list[dict[str, float]]:
-    """Tokens a second of a run on shards, and the share of its time in which a step waited for data; of 10 steps each."""
+    """Tokens a second of a run on shards, and the share of its time that steps waited for data; of 10 steps each."""
     Path(folder).mkdir()
     write_shards(folder, tokens, vocabulary=256)
     model = dict(dim=32, layers=1, heads=2, kv_heads=2, ffn_dim=64)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from calibrate import matmul_rate
 from stopwatch import seconds
 
 from jaxpar import attention, cli, counts, loss
@@ -35,19 +36,14 @@ def breakdown(config: Config) -> dict[str, Any]:
     """Parts of one step on the current mesh, which has one device: `rate` in FLOP/s, `bandwidth` in bytes/s, and `rows`
     of `Row`; those of layers and loss are of all layers and microbatches."""
     large = jax.default_backend() == "gpu"
-    rate = max(matmul_rate(size, config.precision.compute) for size in ((4096, 8192) if large else (512, 1024, 2048)))
+    sizes = (4096, 8192) if large else (512, 1024, 2048)
+    rate = max(matmul_rate(size, size, config.precision.compute, REPEATS) for size in sizes)
     long = jnp.ones(2**29 if large else 2**25, jnp.float32)
     bandwidth = 2 * long.nbytes / in_place(lambda a: a + 1, long)
     model = jax.jit(lambda: init_state(config).model)()
     parts = [*layer_parts(model, config, rate), head_part(model, config, rate)]
     rows = [(name, alone * config.train.microbatches, least) for name, alone, least in parts]
     return dict(rate=rate, bandwidth=bandwidth, rows=[*rows, optimizer_part(model, config, bandwidth)])
-
-
-def matmul_rate(size: int, dtype: str) -> float:
-    """FLOP/s of a square matmul, as the layers call it."""
-    square, multiply = jnp.ones((size, size), dtype), jax.jit(lambda a: einsum("ab,bc->ac", a, a))
-    return 2 * size**3 / seconds(multiply, square, repeats=REPEATS)
 
 
 def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
