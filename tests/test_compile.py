@@ -66,6 +66,16 @@ def test_abstract_state_is_that_of_the_first_step():
         assert real.sharding.memory_kind == (abstract.sharding.memory_kind or "device")
 
 
+def test_more_layers_are_no_longer_program():
+    """The layers are one loop: what there is to compile does not grow with their number."""
+    lengths = []
+    for layers in (2, 8):
+        config = make_config("")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=layers))
+        lengths.append(compile_train_step(config, make_mesh(SIZES, jax.devices()[:4])).as_text().count("\n"))
+    assert lengths[0] > 1000 and lengths[0] == lengths[1]
+
+
 @pytest.mark.parametrize(("saved", "wanted"), [("optimizer", "optimizer"), ("", "optimizer"), ("optimizer", "")])
 def test_a_checkpoint_comes_back_into_the_memory_that_is_asked_for(tmp_path, saved, wanted):
     """What a run with an offloaded optimizer needs to go on, or one without it to go on with it."""

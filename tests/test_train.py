@@ -83,14 +83,14 @@ def watched(before: Callable[[int], Any] | None = None, poison: Collection[int] 
     """
     fed: Fed = {}
 
-    def batches(windows, *, start: int = 0, **kwargs):
+    def batches(windows, *, place: Callable[[data.Batch], data.Batch], start: int = 0, **kwargs):
         for number, batch in enumerate(original(windows, start=start, **kwargs), start + 1):
             if before:
                 before(number)
             if number in poison:
                 batch.tokens[0, 0, 3] = POISON
             fed[number] = batch.tokens.reshape(-1, LENGTH).copy()
-            yield batch
+            yield place(batch)
 
     original = data.batches
     with pytest.MonkeyPatch.context() as patch:
