@@ -259,6 +259,7 @@ def batches(
     stop: int | None = None,
     rows: Sequence[int] | None = None,
     prefetch: int = 2,
+    place: Callable[[Batch], Batch] | None = None,
 ) -> "grain.DatasetIterator[Batch]":
     """Batches `start`, `start`+1, ... up to `stop`-1 (without end if None), prepared ahead by threads.
 
@@ -269,16 +270,18 @@ def batches(
       rows: which of the rows 0 .. b-1 of each microbatch are loaded, by default all; see `local_rows`. The others are
         padding.
       prefetch: batches, and threads, ahead; 0 loads in the caller's thread.
+      place: what else the threads do to a batch: `global_batch`, so that it waits on the devices.
 
     Returns:
-      An iterator of `Batch` (numpy int32 [M, b, S]). Its `close()` ends the threads; an error of a thread is raised by
+      An iterator of `Batch` (int32 [M, b, S], of numpy unless placed). Its `close()` ends the threads; an error of a thread is raised by
       `next`.
     """
     order = _order(windows, seed)
     shape = (microbatches, batch_size // microbatches)
 
     def load(step: int) -> Batch:
-        return _assemble(windows, order, step * batch_size, shape, rows)
+        batch = _assemble(windows, order, step * batch_size, shape, rows)
+        return place(batch) if place else batch
 
     return _ahead(load, start, stop, prefetch)
 

@@ -219,6 +219,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         stop=max(steps, start) + offset,
         rows=rows,
         prefetch=config.data.prefetch,
+        place=functools.partial(data.global_batch, sharding=sharding, zigzag=config.parallel.zigzag),
     )
     windows = functools.partial(data.batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size)
     watchdog = Watchdog(
@@ -230,10 +231,7 @@ def train(config: Config, mesh: Mesh, corpus: data.Data, workdir: Path) -> int:
         contextlib.closing(checkpointer),
         Metrics(workdir, config, MeshConfig(*mesh.devices.shape), start_step=start, start_samples=samples) as metrics,
     ):
-        for step, batch in enumerate(
-            metrics.watch(data.global_batch(batch, sharding, zigzag=config.parallel.zigzag) for batch in batches),
-            start=start + 1,
-        ):
+        for step, batch in enumerate(metrics.watch(batches), start=start + 1):
             state, values = train_step(state, batch)
             watchdog.check(step - 1, metrics.step(step, values))
             if step == start + 1:

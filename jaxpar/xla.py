@@ -13,8 +13,8 @@ from jaxpar.config import CompileConfig
 
 PRESET: dict[str, dict[str, bool]] = {
     "gpu": {
-        # Collectives run while matmuls do. On in the jax that this was written with, off in older ones, and so said here;
-        # recommended by https://docs.jax.dev/en/latest/gpu_performance_tips.html.
+        # Collectives run while matmuls do. On in the jax that this was written with, off in older ones, and so said
+        # here; recommended by https://docs.jax.dev/en/latest/gpu_performance_tips.html.
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
     "cpu": {
@@ -23,8 +23,8 @@ PRESET: dict[str, dict[str, bool]] = {
         "xla_cpu_copy_insertion_use_region_analysis": True,
     },
 }
-"""What jaxpar asks of XLA for all its programs, by platform. docs/xla_options.md has what these and other options change:
-on GPUs XLA's own defaults cover all but 1% of the bytes that layers gather and reduce."""
+"""What jaxpar asks of XLA for all its programs, by platform. docs/xla_options.md has what these and other options
+change: on GPUs XLA's own defaults cover all but 1% of the bytes that layers gather and reduce."""
 
 ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 1}}
 """What it asks besides for a program that runs once: to be compiled in half the time. docs/xla_options.md."""

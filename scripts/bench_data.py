@@ -1,6 +1,7 @@
-"""Times reading token shards on one core: windows of a random order, with their masks, as the training loop gets them.
+"""Times reading token shards on one core: windows of a random order, with their masks, as the training loop gets them;
+and how long the steps of a run wait for them, with a model so small that it takes 100,000 tokens/s of two cores.
 
-  python scripts/bench_data.py [--tokens=50000000] [--folder=DIR]
+  python scripts/bench_data.py [--tokens=50000000]
 
 Makes eight shards of random ids (a document every 200 tokens) in a temporary folder, which the file cache then holds:
 this is the cost of the code, not of the disk.
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 from jaxpar.config import DataConfig
 from jaxpar.data import batches, open_data
@@ -32,14 +35,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens of the corpus")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="sequence lengths")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
     with tempfile.TemporaryDirectory() as folder:
-        random, each = np.random.default_rng(0), options.tokens // SHARDS
-        for n in range(SHARDS):
-            ids = random.integers(0, 50_256, each).astype(np.uint16)
-            ids[::200] = 50_256
-            ids.tofile(Path(folder) / f"train_{n}.bin")
+        write_shards(folder, options.tokens, vocabulary=50_256)
         rates = {length: rate(folder, length) for length in options.lengths}
+        os.sched_setaffinity(0, cores)
+        waits = run(f"{folder}/bytes", options.tokens // 10)
     print(
         json.dumps(
             dict(
@@ -49,9 +51,20 @@ def main() -> None:
                 numpy=np.__version__,
                 rows=ROWS,
                 tokens_per_second=rates,
+                run_on_cores=len(cores),
+                run=waits,
             )
         )
     )
+
+
+def write_shards(folder: str, tokens: int, vocabulary: int) -> None:
+    """Random ids below `vocabulary`, which itself ends a document."""
+    random, each = np.random.default_rng(0), tokens // SHARDS
+    for n in range(SHARDS):
+        ids = random.integers(0, vocabulary, each).astype(np.uint16)
+        ids[::200] = vocabulary
+        ids.tofile(Path(folder) / f"train_{n}.bin")
 
 
 def rate(folder: str, length: int) -> float:
@@ -69,6 +82,25 @@ def rate(folder: str, length: int) -> float:
             count += 1
         rates.append(count * ROWS * length / (time.perf_counter() - begin))
     return statistics.median(rates)
+
+
+def run(folder: str, tokens: int) -> list[dict[str, float]]:
+    """Tokens a second of a run on shards, and the share of its time in which a step waited for data; of 10 steps each."""
+    Path(folder).mkdir()
+    write_shards(folder, tokens, vocabulary=256)
+    model = dict(dim=32, layers=1, heads=2, kv_heads=2, ffn_dim=64)
+    train = dict(batch_size=64, steps=60, eval_every=0)
+    fields = dict(model=model, train=train, checkpoint=dict(every=0), log=dict(every=10))
+    flags = [f"--config.{group}.{name}={value}" for group, values in fields.items() for name, value in values.items()]
+    flags += [f"--config.data.source={folder}", f"--workdir={folder}/run"]
+    command = [sys.executable, "-m", "jaxpar.train", "--config=configs/tiny.py", *flags]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    rows = map(json.loads, (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines())
+    return [
+        dict(tokens_per_second=row["tokens_per_second"], waited=row["data_wait_seconds"] / row["step_seconds"])
+        for row in rows
+        if row.get("step_seconds")
+    ]
 
 
 if __name__ == "__main__":

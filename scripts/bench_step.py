@@ -2,10 +2,10 @@
 
   python scripts/bench_step.py --config=configs/tiny.py [--config.precision.compute=float32] [--contenders=jaxpar,eager]
 
-Contenders run in turn, each round in a process of its own (its memory and its start are its own), `--rounds` times; the
-first round compiles, the later ones find what it kept. Given are medians, and ratios to `eager` of the same run.
-`--breakdown` times the parts of jaxpar's step alone beside the roofline of the device: its measured matmul rate and
-copy bandwidth.
+Contenders are jaxpar, eager and compile (PyTorch's `torch.compile`); NAME@PYTHON runs one with the interpreter of
+another environment, so that versions of jax stand in one table. They run in turn, each round in a process of its own
+(its memory and its start are its own), `--rounds` times; the first round compiles, the later ones find what it kept.
+Given are medians, and ratios to `eager` of the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ CONTENDERS = ("jaxpar", "eager", "compile")
 
 def worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, Any]:
     """Runs one contender in this process. `begin`: when the process was asked for, on the clock of `time.time`."""
-    return (jaxpar_worker if name == "jaxpar" else torch_worker)(name, argv, steps, begin)
+    library = "jax" if name == "jaxpar" else "torch"
+    result = (jaxpar_worker if name == "jaxpar" else torch_worker)(name, argv, steps, begin)
+    return dict(version=f"{library} {importlib.metadata.version(library)}", **result)
 
 
 def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, Any]:
@@ -46,13 +47,14 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
     from jax.sharding import NamedSharding
 
     from jaxpar.compile import compile_train_step
-    from jaxpar.step import batch_spec, init_state
+    from jaxpar.step import batch_spec
+    from jaxpar.train import start_state
 
-    start = time.perf_counter()
+    clock = time.perf_counter()
     with jax.set_mesh(mesh):
         step = compile_train_step(config, mesh)
-        compiling = time.perf_counter() - start
-        state = jax.jit(lambda: init_state(config))()
+        compiling = time.perf_counter() - clock
+        state, _ = start_state(config, None)
         tokens, targets = random_batch(config)
         shape = (config.train.microbatches, -1, config.data.sequence_length)
         positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), tokens.shape)
@@ -63,10 +65,10 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
         first = time.time() - begin
         seconds = []
         for _ in range(steps):
-            start = time.perf_counter()
+            clock = time.perf_counter()
             state, values = step(state, batch)
             jax.block_until_ready(values)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - clock)
     device = jax.devices()[0]
     stats, flops = device.memory_stats() or {}, counts.step_flops(config)
     peak = hardware.peak_flops(device.device_kind, config.precision.compute)
@@ -130,91 +132,6 @@ def random_batch(config) -> tuple[Any, Any]:
     return raw[:, :-1].copy(), raw[:, 1:].copy()
 
 
-def breakdown(argv: list[str]) -> dict[str, Any]:
-    """Seconds of the parts of one step, each compiled and run alone, and the least that the device could take."""
-    from jaxpar import cli
-
-    request = cli.parse(argv, __doc__ or "")
-    config = request.config
-    mesh = cli.start(request, config)
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from jaxpar import counts, loss
-    from jaxpar.attention import TokenInfo
-    from jaxpar.model import Context, rope_angles
-    from jaxpar.optimizer import make_optimizer
-    from jaxpar.step import enter, init_state
-
-    assert mesh.size == 1, "the breakdown is of one device"
-    dtype, m = jnp.dtype(config.precision.compute), config.model
-    B, S, L = config.train.batch_size // config.train.microbatches, config.data.sequence_length, m.layers
-
-    def timed(function: Callable, *arrays: Any, donate: bool = False) -> float:
-        run = jax.jit(function, donate_argnums=0 if donate else ())
-        result = jax.block_until_ready(run(*arrays))
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            result = jax.block_until_ready(run(result, *arrays[1:]) if donate else run(*arrays))
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    with jax.set_mesh(mesh):
-        size = 8192 if mesh.devices.flat[0].platform == "gpu" else 1024
-        square = jnp.ones((size, size), dtype)
-        rate = 2 * size**3 / timed(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32).astype(dtype), square)
-        long = jnp.ones(2**28 if size == 8192 else 2**25, jnp.float32)
-        bandwidth = 2 * long.nbytes / timed(lambda a: a + 1, long)
-        model = jax.jit(lambda: init_state(config).model)()
-        optimizer = make_optimizer(config)
-        state = jax.jit(optimizer.init)(model)
-        gradients = jax.tree.map(jnp.ones_like, model)
-        x = jnp.ones((B, S, m.dim), dtype)
-        positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-        info = TokenInfo(positions, jnp.ones_like(positions))
-
-        def update(carry: tuple) -> tuple:
-            model, state = carry
-            changes, state = optimizer.update(gradients, state, model)
-            return optax.apply_updates(model, changes), state
-
-        def head(x, w):
-            layout = model.layout
-            sums = loss.cross_entropy(x, w, positions, layout.rules, config.loss.chunk, 0.0, layout.sum_dtype)
-            return sums.objective
-
-        def one_layer(layer, x):
-            context = Context(info, info, rope_angles(positions, m), jnp.zeros((), jnp.int32))
-            return layer(x, context)[0].astype(jnp.float32).sum()
-
-        def core(q, k, v):
-            from jaxpar import attention
-
-            layout = model.layout
-            o = attention.attend(q, k, v, info, info, layout.rules, layout.attention)
-            return o.astype(jnp.float32).sum()
-
-        layer = jax.tree.map(lambda w: w[0], enter(model, config).layers)
-        q, k = (jnp.ones((B, S, heads, m.head_dim), dtype) for heads in (m.heads, m.kv_heads))
-        flops, tokens = counts.step_flops(config), B * S
-        attention = timed(jax.grad(core, argnums=(0, 1, 2)), q, k, k) * L
-        layers = timed(jax.grad(one_layer, argnums=(0, 1)), layer, x) * L
-        head_flops = 6 * m.dim * m.vocab_size * tokens
-        rows = [
-            ("attention", attention, flops.attention * tokens / rate),
-            ("matmuls and the rest of the layers", layers - attention, (flops.matmul * tokens - head_flops) / rate),
-            ("head and loss", timed(jax.grad(head, argnums=(0, 1)), x, model.head_weight()), head_flops / rate),
-            (
-                "optimizer",
-                timed(update, (model, state), donate=True),
-                28 * counts.parameter_count(m) / bandwidth,
-            ),
-        ]
-    return dict(rate=rate, bandwidth=bandwidth, rows=rows)
-
-
 def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> dict[str, Any]:
     """Every contender once a round, in turn."""
     results: dict[str, list[dict]] = {name: [] for name in contenders}
@@ -224,7 +141,14 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
         )
         for _ in range(rounds):
             for name in contenders:
-                command = [sys.executable, __file__, f"--worker={name}", f"--steps={steps}", f"--begin={time.time()}"]
+                program, _, python = name.partition("@")
+                command = [
+                    python or sys.executable,
+                    __file__,
+                    f"--worker={program}",
+                    f"--steps={steps}",
+                    f"--begin={time.time()}",
+                ]
                 run = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
                 if run.returncode:
                     sys.exit(f"{name}: {run.stderr[-2000:]}")
@@ -241,18 +165,17 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
             mfu=[ours["peak"] and flops / seconds[name] / ours["peak"] for flops in ours["flops"]],
             memory=max(run["memory"] for run in runs),
             first_step=[runs[0]["first"], statistics.median(run["first"] for run in runs[1:] or runs)],
+            version=runs[0]["version"],
             compile=[run.get("compile") for run in runs],
             compiled_memory=runs[0].get("compiled_memory"),
             loss=runs[0]["loss"],
         )
         for name, runs in results.items()
     }
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch") if name in installed}
     return dict(
         date=datetime.date.today().isoformat(),
         device=ours["device"] if ours["peak"] else f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        versions={**versions, "python": platform.python_version()},
+        python=platform.python_version(),
         command="python scripts/bench_step.py " + " ".join(a for a in argv if "--workdir" not in a),
         parameters=ours["parameters"],
         mesh=ours["mesh"],
@@ -264,50 +187,52 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
 def report(result: dict[str, Any]) -> str:
     """The table of a result, in Markdown."""
     config = result["config"]
-    libraries = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     m = config["model"]
     lines = [
         f"`{result['command']}`",
         "",
-        f"{result['date']}, {result['device']}, {libraries}. {result['parameters'] / 1e6:,.1f}M parameters (dim "
-        f"{m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), "
+        f"{result['date']}, {result['device']}, Python {result['python']}. "
+        f"{result['parameters'] / 1e6:,.1f}M parameters "
+        f"(dim {m['dim']}, {m['layers']} layers, vocabulary {m['vocab_size']}), "
         f"{config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
         f"{config['precision']['compute']}, remat {config['memory']['remat']}, {result['mesh']}.",
         "",
-        "| | tokens/s | against eager | MFU, causal / square | peak memory, MB | first step, s: cold / cached |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | tokens/s | against eager | MFU, causal / square | peak, MB | first step, s: cold / cached | compile, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["contenders"].items():
-        label = {"eager": "PyTorch eager", "compile": "PyTorch `torch.compile`"}.get(name, name)
+        program = name.partition("@")[0]
+        label = {"eager": "PyTorch, eager", "compile": "`torch.compile`"}.get(program, program) + f", {row['version']}"
+        compiling = f"{row['compile'][0]:.1f}" if row["compile"][0] else ""
         mfu = " / ".join("not known" if x is None else f"{x:.1%}" for x in row["mfu"])
         cold, cached = row["first_step"]
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
         lines.append(
             f"| {label} | {row['tokens_per_second']:,.0f} | {ratio} | {mfu} | {row['memory'] / 1e6:,.0f} | "
-            f"{cold:.1f} / {cached:.1f} |"
+            f"{cold:.1f} / {cached:.1f} | {compiling} |"
         )
     if parts := result.get("breakdown"):
-        total = result["contenders"]["jaxpar"]["seconds"]
-        rest = total - sum(seconds for _, seconds, _ in parts["rows"])
-        lines += [
-            "",
-            f"Roofline: {parts['rate'] / 1e12:.2f} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:,.0f} GB/s of copy.",
-            "",
-            "| part of a step | ms, alone | ms at the roofline | share of the step |",
-            "| --- | --- | --- | --- |",
-            *(
-                f"| {name} | {1e3 * seconds:,.1f} | {1e3 * least:,.1f} | {seconds / total:.0%} |"
-                for name, seconds, least in parts["rows"]
-            ),
-            f"| what is not in them (remat, embedding, stacking, metrics) | {1e3 * rest:,.1f} | | {rest / total:.0%} |",
-        ]
+        lines += ["", *breakdown_table(parts, result["contenders"]["jaxpar"]["seconds"])]
     return "\n".join(lines) + "\n"
+
+
+def breakdown_table(parts: dict[str, Any], total: float) -> list[str]:
+    """Lines of the table of the parts of a step of `total` seconds, as breakdown.py gives them."""
+    rows = [(name, alone, f"{1e3 * least:,.1f}" if least else "") for name, alone, least in parts["rows"]]
+    rows.append(("the rest", total - sum(alone for _, alone, _ in rows), ""))
+    return [
+        f"Roofline: {parts['rate'] / 1e12:.3g} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:,.0f} GB/s of copy.",
+        "",
+        "| part of a step | ms, alone | ms at the roofline | share of the step |",
+        "| --- | --- | --- | --- |",
+        *(f"| {name} | {1e3 * alone:,.1f} | {least} | {alone / total:.0%} |" for name, alone, least in rows),
+    ]
 
 
 def main() -> None:
     own: dict[str, str] = {}
     rest = []
-    names = ("worker", "steps", "begin", "rounds", "contenders", "breakdown", "json", "only_breakdown")
+    names = ("worker", "steps", "begin", "rounds", "contenders", "breakdown", "json")
     for argument in sys.argv[1:]:
         name, _, value = argument.removeprefix("--").partition("=")
         if name in names:
@@ -321,15 +246,11 @@ def main() -> None:
     if "worker" in own:
         print(json.dumps(worker(own["worker"], rest, steps, float(own["begin"]))))
         return
-    if "only_breakdown" in own:
-        print(json.dumps(breakdown(rest)))
-        return
     contenders = own.get("contenders", ",".join(CONTENDERS)).split(",")
     result = run_all(rest, contenders, int(own.get("rounds", 3)), steps)
     if "breakdown" in own:
-        run = subprocess.run(
-            [sys.executable, __file__, "--only_breakdown", *rest[:-1]], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, str(ROOT / "scripts" / "breakdown.py"), *rest[:-1]]
+        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
         result["breakdown"] = json.loads(run.stdout.splitlines()[-1])
     print(report(result))
     if "json" in own:

@@ -2,18 +2,15 @@
 
   python scripts/breakdown.py --config=configs/cpu_bench.py [--config.precision.compute=bfloat16]
 
-The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured here. What the step takes
-beyond its parts (the stacking of activations by the layer loop, the embedding, the metrics) is what `bench_step.py
---breakdown` calls the rest.
+The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured here. `bench_step.py
+--breakdown` puts these parts beside a whole step and calls the difference the rest: activations that the layer loop
+stacks, the embedding, the metrics, and on CPUs what the parts gain or lose by other neighbours in the cache.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +34,9 @@ Row = tuple[str, float, float]
 def breakdown(config: Config) -> dict[str, Any]:
     """Parts of one step on the current mesh, which has one device: `rate` in FLOP/s, `bandwidth` in bytes/s, and `rows`
     of `Row`; those of layers and loss are of all layers and microbatches."""
-    size = 8192 if jax.default_backend() == "gpu" else 1024
-    square = jnp.ones((size, size), config.precision.compute)
-    multiply = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32).astype(a.dtype))
-    rate = 2 * size**3 / seconds(multiply, square, repeats=REPEATS)
-    long = jnp.ones(size**2 * 32, jnp.float32)
+    large = jax.default_backend() == "gpu"
+    rate = max(matmul_rate(size, config.precision.compute) for size in ((4096, 8192) if large else (512, 1024, 2048)))
+    long = jnp.ones(2**29 if large else 2**25, jnp.float32)
     bandwidth = 2 * long.nbytes / in_place(lambda a: a + 1, long)
     model = jax.jit(lambda: init_state(config).model)()
     parts = [*layer_parts(model, config, rate), head_part(model, config, rate)]
@@ -49,11 +44,18 @@ def breakdown(config: Config) -> dict[str, Any]:
     return dict(rate=rate, bandwidth=bandwidth, rows=[*rows, optimizer_part(model, config, bandwidth)])
 
 
+def matmul_rate(size: int, dtype: str) -> float:
+    """FLOP/s of a square matmul, as the layers call it."""
+    square, multiply = jnp.ones((size, size), dtype), jax.jit(lambda a: einsum("ab,bc->ac", a, a))
+    return 2 * size**3 / seconds(multiply, square, repeats=REPEATS)
+
+
 def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
     """Attention, matmuls, the rest of a layer, and what remat computes again, of all layers and one microbatch."""
     m, layout, L = config.model, model.layout, config.model.layers
     B, S = config.train.batch_size // config.train.microbatches, config.data.sequence_length
-    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S), out_sharding=layout.rules.spec("batch", "seq"))
+    at_tokens = layout.rules.spec("batch", "seq")
+    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S), out_sharding=at_tokens)
     context = jax.jit(model.context)(TokenInfo(positions, jnp.ones_like(positions)))
     layer = jax.tree.map(lambda w: w[0], enter(model, config).layers)
     x = jnp.ones((B, S, m.dim), layout.dtype, out_sharding=layout.residual)
@@ -156,23 +158,6 @@ def both_ways(function: Callable, *arrays: Any, turns: int = 1) -> float:
 
     gradient = jax.jit(lambda *arrays: jax.tree.map(jnp.ones_like, function(*arrays)))(*arrays)
     return seconds(jax.jit(program), gradient, *arrays, repeats=REPEATS)
-
-
-def table(parts: dict[str, Any], total: float) -> str:
-    """Markdown, for a step of `total` seconds."""
-    rest = total - sum(alone for _, alone, _ in parts["rows"])
-    lines = [
-        f"Roofline: {parts['rate'] / 1e12:.3g} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:.3g} GB/s of copy.",
-        "",
-        "| part of a step | ms, alone | ms at the roofline | share of the step |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {1e3 * alone:,.1f} | {1e3 * least:,.1f} | {alone / total:.0%} |"
-            for name, alone, least in parts["rows"]
-        ),
-        f"| the rest | {1e3 * rest:,.1f} | | {rest / total:.0%} |",
-    ]
-    return "\n".join(lines)
 
 
 def main() -> None:
