@@ -92,7 +92,10 @@ def gather(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Arr
     spec = jax.typeof(weight).sharding.spec
     entries = [_without(entry, {"fsdp"}) for entry in spec.partitions]
     reduced = spec.reduced | {"fsdp"} if spec.reduced else spec.reduced
-    return reshard(weight.astype(dtype), PartitionSpec(*entries, reduced=reduced))
+    # A weight that is already of this dtype is said to lie as it lies: else XLA of jax 0.12 takes the gathered layout
+    # for that of the loop's constants, and gathers embedding and head before the loop over microbatches, for all of it.
+    here = reshard(weight.astype(dtype), spec)
+    return reshard(here, PartitionSpec(*entries, reduced=reduced))
 
 
 def _gather_forward(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
