@@ -67,8 +67,7 @@ def _softmax(q_bGxK: jax.Array, k_bGtK: jax.Array, mask_bct: jax.Array) -> tuple
     """
     bias_bct = jnp.where(mask_bct, 0, HIDDEN)
     bias_bGxt = jnp.tile(bias_bct[:, None], (1, 1, q_bGxK.shape[2] // mask_bct.shape[1], 1))
-    q_bGxK = q_bGxK * jnp.asarray(q_bGxK.shape[-1] ** -0.5, q_bGxK.dtype)
-    scores = dot("bGxK,bGtK->bGxt", q_bGxK, k_bGtK) + bias_bGxt
+    scores = dot("bGxK,bGtK->bGxt", q_bGxK, k_bGtK) * q_bGxK.shape[-1] ** -0.5 + bias_bGxt
     shares = jnp.exp(scores - scores.max(-1, keepdims=True))
     return shares, shares.sum(-1, keepdims=True)
 
