@@ -473,7 +473,7 @@ def test_two_processes_are_one_run(train, config_file, tmp_path):
     pair = processes(config_file, tmp_path / "two", *flags)
     outputs = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in (one, *pair)] == [0, 0, 0], outputs
-    assert "4 x cpu in 2 process(es); mesh fsdp=4" in outputs[0][0]
+    assert "4 x cpu, 2 processes; mesh fsdp=4" in outputs[0][0]
     assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines()), "process 1 must be silent"
 
     for values in (losses, lambda run: list(evaluations(run).values())):
