@@ -195,7 +195,7 @@ def test_training_curve_equals_pytorch(tmp_path: Path) -> None:
     """50 steps on text on fsdp=2 x sequence=2 x tensor=2, in two microbatches; PyTorch in one go.
 
     Paragraphs are documents, so that windows hold several. The learning rate stays below the point where rounding grows
-    exponentially: at 1e-2 no two programs agree.
+    exponentially: at 1e-2 no two programs agree, and at 5e-3 two meshes of jaxpar differ by 2e-3 in a gradient norm.
     """
     text = tmp_path / "paragraphs.txt"
     text.write_text(STORIES.read_text()[:100_000].replace("\n\n", f"\n{SEPARATOR}\n"))
@@ -203,7 +203,7 @@ def test_training_curve_equals_pytorch(tmp_path: Path) -> None:
         model=dict(vocab_size=258, dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=128),
         data=dict(source=str(text), tokenizer="bytes", sequence_length=32),
         train=dict(steps=50, batch_size=8, microbatches=2),
-        optimizer=dict(learning_rate=5e-3, min_learning_rate=5e-4, warmup_steps=10, clip_norm=1.0),
+        optimizer=dict(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=10, clip_norm=1.0),
     )
     axes = dict(fsdp=2, sequence=2, tensor=2)
     validate_mesh(config, MeshConfig(**axes))

@@ -83,7 +83,7 @@ def watched(before: Callable[[int], Any] | None = None, poison: Collection[int] 
     """
     fed: Fed = {}
 
-    def batches(windows, *, place: Callable[[data.Batch], data.Batch], start: int = 0, **kwargs):
+    def batches(windows, *, place=lambda batch: batch, start: int = 0, **kwargs):
         for number, batch in enumerate(original(windows, start=start, **kwargs), start + 1):
             if before:
                 before(number)
