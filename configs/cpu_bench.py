@@ -1,4 +1,5 @@
-"""The shape in which the trainers of `docs/benchmarks.md` are compared on a CPU: 8 layers of dim 512."""
+"""The shape in which the trainers of `docs/benchmarks.md` are compared on a CPU: 8 layers of dim
+512."""
 
 from jaxpar.config import configure
 

@@ -1,7 +1,8 @@
 """Attention: one manual island that picks the context parallelism and the kernel.
 
-Masks come from positions and segment ids alone, never from an offset, so packed documents, padding, context parallelism
-and a key-value cache all use the same rule: a query sees the keys of its own segment up to its own position.
+Masks come from positions and segment ids alone, never from an offset, so packed documents, padding,
+context parallelism and a key-value cache all use the same rule: a query sees the keys of its own
+segment up to its own position.
 """
 
 import dataclasses
@@ -13,21 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
 
-from jaxpar import cudnn
 from jaxpar.config import Config, ConfigError
-from jaxpar.parallel import context, rows, tiles
-from jaxpar.parallel.tiles import Operands
+from jaxpar.kernels import cudnn, rows, tiles
+from jaxpar.kernels.tiles import Operands
+from jaxpar.parallel import context
 from jaxpar.sharding import Rules, all_manual
 
-# B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are logical, never shards.
+# B batch, S query tokens, T key tokens, H query heads, G key-value heads, K head dim. Sizes are
+# logical, never shards.
 
 
 _WHOLE_ROWS = 2048
-"""Keys up to which the scores of `rows.CHUNK` queries and all keys are held; beyond, those of tiles."""
+"""Keys up to which the scores of `rows.CHUNK` queries and all keys are held; beyond, those of
+tiles."""
 
 
 class TokenInfo(NamedTuple):
-    """Where each token stands: int32 [B, S] each. `segments` numbers the documents of a row from 1; 0 is padding."""
+    """Where each token stands: int32 [B, S] each. `segments` numbers the documents of a row from 1;
+    0 is padding."""
 
     positions: jax.Array
     segments: jax.Array
@@ -35,8 +39,9 @@ class TokenInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What of a config decides how attention is computed. `context`: all_gather, ring or ulysses; `zigzag`: tokens are
-    not in the order of the text; `packed`: a row may hold several documents; `implementation`: auto, cudnn or xla."""
+    """What of a config decides how attention is computed. `context`: all_gather, ring or ulysses;
+    `zigzag`: tokens are not in the order of the text; `packed`: a row may hold several documents;
+    `implementation`: auto, cudnn or xla."""
 
     context: str = "all_gather"
     zigzag: bool = False
@@ -46,7 +51,9 @@ class Options:
     @classmethod
     def make(cls, config: Config) -> "Options":
         parallel = config.parallel
-        return cls(parallel.context, parallel.zigzag, config.data.packing, config.attention.implementation)
+        return cls(
+            parallel.context, parallel.zigzag, config.data.packing, config.attention.implementation
+        )
 
 
 def attend(
@@ -64,17 +71,20 @@ def attend(
       q_BSHK: queries, sharded (batch, seq, heads); H is a multiple of G.
       k_BTGK: keys, and v_BTGK: values, sharded (batch, seq, kv_heads).
       queries: positions and segments of the queries, sharded (batch, seq).
-      keys: the same of the keys, sharded over batch only: they are needed whole, and are the same in every layer. T is
-        S, or with all_gather the length of a cache, which is always read by XLA.
+      keys: the same of the keys, sharded over batch only: they are needed whole, and are the same
+        in every layer. T is S, or with all_gather the length of a cache, which is always read by
+        XLA.
       rules: the sharding table.
       options: see there.
 
     Returns:
-      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are; in padding arbitrary, but finite. It bears the
-      name `attention` for remat, and so does what else the backward pass needs in order not to compute it again.
+      [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are; in padding arbitrary, but
+      finite. It bears the name `attention` for remat, and so does what else the backward pass needs
+      in order not to compute it again.
 
-    Communication, over `sequence`: all_gather: an all-gather of k and v; in the backward pass a reduce-scatter of
-    their gradients. ring and ulysses: see `context.ring`, `context.ring_gradient` and `context.tokens_to_heads`.
+    Communication, over `sequence`: all_gather: an all-gather of k and v; in the backward pass a
+    reduce-scatter of their gradients. ring and ulysses: see `context.ring`, `context.ring_gradient`
+    and `context.tokens_to_heads`.
 
     Raises:
       ConfigError: `implementation=cudnn` where cuDNN cannot compute this.
@@ -82,7 +92,9 @@ def attend(
     cached = q_BSHK.shape[1] != k_BTGK.shape[1]
     assert options.context == "all_gather" or not cached, "a cache is read with all_gather"
     local = q_BSHK.shape if all_manual() else jax.typeof(q_BSHK).sharding.shard_shape(q_BSHK.shape)
-    kernel = None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
+    kernel = (
+        None if cached or refuses_cudnn(local, q_BSHK.dtype, options) else _CUDNN[_layout(options)]
+    )
     island = jax.shard_map(
         functools.partial(_LOCAL[options.context], kernel),
         in_specs=(_specs(rules),),
@@ -111,7 +123,9 @@ def refuses_cudnn(local_shape: tuple[int, ...], dtype: Any, options: Options) ->
     else:
         why = cudnn.refusal(cudnn.capability(), dtype, local_shape, packed=layout != "row")
     if why and options.implementation == "cudnn":
-        raise ConfigError(f"attention.implementation=cudnn: {why}, or attention.implementation=auto")
+        raise ConfigError(
+            f"attention.implementation=cudnn: {why}, or attention.implementation=auto"
+        )
     return why
 
 
@@ -120,7 +134,8 @@ def _devices(axis: str) -> int:
 
 
 def _layout(options: Options) -> str:
-    """What a device's queries and keys are: a `row` of one document, a row of `documents`, or a `part` of one."""
+    """What a device's queries and keys are: a `row` of one document, a row of `documents`, or a
+    `part` of one."""
     if options.context == "all_gather" and _devices("sequence") > 1:
         return "part"
     return "documents" if options.packed else "row"
@@ -139,9 +154,10 @@ def _specs(rules: Rules) -> Operands:
 
 
 class Kernel(NamedTuple):
-    """Attention of what is on one device, and its gradient: a function of the operands to the result and the
-    log-sum-exp of the scores, and one of these and the result's gradient to the gradients of q, k and v. Where the
-    gradient needs neither result nor log-sum-exp, the second is None, and so is what the gradient is given."""
+    """Attention of what is on one device, and its gradient: a function of the operands to the
+    result and the log-sum-exp of the scores, and one of these and the result's gradient to the
+    gradients of q, k and v. Where the gradient needs neither result nor log-sum-exp, the second is
+    None, and so is what the gradient is given."""
 
     forward: Callable[[Operands], tuple[jax.Array, jax.Array | None]]
     backward: Callable[[Operands, Any, Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
@@ -153,8 +169,9 @@ def _attention(kernel: Kernel, x: Operands) -> jax.Array:
 
 
 def _attention_forward(kernel: Kernel, x: Operands):
-    """Remat keeps the log-sum-exp with the result, for without both attention runs again. They are named here because
-    here they are residuals: a name given to the result outside would be that of a second copy."""
+    """Remat keeps the log-sum-exp with the result, for without both attention runs again. They are
+    named here because here they are residuals: a name given to the result outside would be that of
+    a second copy."""
     o_BSHK, lse_BHS = jax.tree.map(lambda result: keep(result, "attention"), kernel.forward(x))
     return o_BSHK, (x, None if lse_BHS is None else o_BSHK, lse_BHS)
 
@@ -167,16 +184,20 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _all_gathered(kernel: Kernel | None, x: Operands) -> jax.Array:
-    return _local(kernel, x._replace(k=context.all_gather_tokens(x.k), v=context.all_gather_tokens(x.v)))
+    return _local(
+        kernel, x._replace(k=context.all_gather_tokens(x.k), v=context.all_gather_tokens(x.v))
+    )
 
 
 def _exchanged(kernel: Kernel | None, x: Operands) -> jax.Array:
-    """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so where remat keeps
-    something it keeps them, and the exchange is not repeated."""
+    """Ulysses: all tokens of some heads. These are the copies that the backward pass needs, so
+    where remat keeps something it keeps them, and the exchange is not repeated."""
     q = keep(context.tokens_to_heads(x.q), "query")
     k = keep(context.tokens_to_heads(x.k), "key")
     v = keep(context.tokens_to_heads(x.v), "value")
-    o_BSHK = _local(kernel, Operands(q, k, v, x.keys, x.keys))  # queries as whole as the keys, and the same tokens
+    o_BSHK = _local(
+        kernel, Operands(q, k, v, x.keys, x.keys)
+    )  # queries as whole as the keys, and the same tokens
     return keep(context.heads_to_tokens(o_BSHK), "attention")
 
 
@@ -202,19 +223,29 @@ def _padded(x_BT: jax.Array, tokens: int) -> jax.Array:
     return jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % tokens), *((0, 0),) * (x_BT.ndim - 2)))
 
 
-_RING = Kernel(functools.partial(context.ring, sees=sees), functools.partial(context.ring_gradient, sees=sees))
-_ROWS = Kernel(functools.partial(rows.attention, sees=sees), functools.partial(rows.attention_gradient, sees=sees))
-_TILES = Kernel(functools.partial(tiles.attention, sees=sees), functools.partial(tiles.attention_gradient, sees=sees))
+_RING = Kernel(
+    functools.partial(context.ring, sees=sees), functools.partial(context.ring_gradient, sees=sees)
+)
+_ROWS = Kernel(
+    functools.partial(rows.attention, sees=sees),
+    functools.partial(rows.attention_gradient, sees=sees),
+)
+_TILES = Kernel(
+    functools.partial(tiles.attention, sees=sees),
+    functools.partial(tiles.attention_gradient, sees=sees),
+)
 
 
 def _cudnn(first_key: Callable[[jax.Array], Any]) -> Kernel:
-    """`first_key`: where the first of these queries stands among the keys; see `cudnn.attention`."""
+    """`first_key`: where the first of these queries stands among the keys; see
+    `cudnn.attention`."""
 
     def known(x: Operands) -> tuple:  # the keys are those of the queries' documents
         return x.q, x.k, x.v, x.queries.positions, x.queries.segments, first_key(x.q)
 
     return Kernel(
-        lambda x: cudnn.attention(*known(x)), lambda x, *results: cudnn.attention_gradient(*known(x), *results)
+        lambda x: cudnn.attention(*known(x)),
+        lambda x, *results: cudnn.attention_gradient(*known(x), *results),
     )
 
 

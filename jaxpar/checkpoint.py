@@ -1,6 +1,7 @@
 """Checkpoints: asynchronous, complete or not there, and restored onto any mesh.
 
-A checkpoint is a directory `WORKDIR/checkpoints/STEP` that Orbax renames into place when its last byte is written:
+A checkpoint is a directory `WORKDIR/checkpoints/STEP` that Orbax renames into place when its last
+byte is written:
 
     state/    one zarr array a leaf, by dotted name (`model.layers.attention.query`, `optimizer.mu.head`), any mesh
     data/     JSON: the position in the data
@@ -22,14 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxpar.config import Config, ConfigError, configure, field_paths, value_of
-from jaxpar.sources import content_mark
+from jaxpar.data.sources import content_mark
 from jaxpar.validation import resolve
 
 if TYPE_CHECKING:
     import jax
     import orbax.checkpoint as ocp
 
-# Written by Orbax as a checkpoint completes; a copy or a deletion that was cut short lacks some of them.
+# Written by Orbax as a checkpoint completes; a copy or a deletion that was cut short lacks some of
+# them.
 _PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "config/metadata")
 
 _MUST_MATCH = ("optimizer.name", "data.tokenizer", "precision.params")
@@ -48,24 +50,27 @@ _FILES_OF_DATA = ("data.source", "data.validation_source")
 
 
 def complete_steps(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints in a `checkpoints` directory, ascending; [] where there is none."""
+    """Steps of the complete checkpoints in a `checkpoints` directory, ascending; [] where there is
+    none."""
     return [step for step in _steps(directory) if _is_complete(directory / str(step))]
 
 
 def find_checkpoint(workdir: str | Path, config: Config) -> Path | None:
-    """The checkpoint a run starts from: the workdir's newest, else the newest of the run `checkpoint.restore` names.
+    """The checkpoint a run starts from: the workdir's newest, else the newest of the run
+    `checkpoint.restore` names.
 
     Returns:
       Its directory, or None for a fresh start.
 
     Raises:
-      ConfigError: `checkpoint.restore=none` in a workdir with checkpoints, a path without any, or one whose newest
-        checkpoint is incomplete.
+      ConfigError: `checkpoint.restore=none` in a workdir with checkpoints, a path without any, or
+        one whose newest checkpoint is incomplete.
     """
     own, restore = Path(workdir) / "checkpoints", config.checkpoint.restore
     if restore == "none" and _steps(own):
         raise ConfigError(
-            f"{own} holds checkpoints of steps {_listed(_steps(own))} and checkpoint.restore=none; use another "
+            f"{own} holds checkpoints of steps {_listed(_steps(own))} and checkpoint.restore=none; "
+            "use another "
             "--workdir, or --config.checkpoint.restore=auto to continue from the newest"
         )
     if _steps(own):
@@ -86,14 +91,16 @@ def locate(path: str | Path) -> Path:
 
 
 def saved_config(workdir: str | Path) -> dict[str, Any] | None:
-    """The resolved config in the newest complete checkpoint of a workdir; None where there is none."""
+    """The resolved config in the newest complete checkpoint of a workdir; None where there is
+    none."""
     directory = Path(workdir) / "checkpoints"
     steps = complete_steps(directory)
     return _read_json(directory / str(steps[-1]), "config") if steps else None
 
 
 def load_config(directory: Path) -> Config:
-    """The config that is stored in one checkpoint; a field younger than the checkpoint has its default."""
+    """The config that is stored in one checkpoint; a field younger than the checkpoint has its
+    default."""
     return resolve(configure(**_read_json(directory, "config")))
 
 
@@ -101,9 +108,9 @@ def check_resume(workdir: str | Path, config: Config) -> None:
     """Refuses a start from a checkpoint of another model, and to continue a run with other data.
 
     Raises:
-      ConfigError: fields of the model, or the optimizer's name, the tokenizer or the precision of the parameters
-        differ, or in a run that goes on what decides the order of its data (each is listed with both values); or
-        `find_checkpoint` refuses.
+      ConfigError: fields of the model, or the optimizer's name, the tokenizer or the precision of
+        the parameters differ, or in a run that goes on what decides the order of its data (each is
+        listed with both values); or `find_checkpoint` refuses.
     """
     found = find_checkpoint(workdir, config)
     if found is None:
@@ -125,8 +132,8 @@ def check_resume(workdir: str | Path, config: Config) -> None:
 
 
 def other_data(directory: Path, config: Config) -> list[str]:
-    """The fields by which the data of a checkpoint differs from that of `config`, with both values; [] where its
-    position in the data means the same windows: a corpus may have moved."""
+    """The fields by which the data of a checkpoint differs from that of `config`, with both values;
+    [] where its position in the data means the same windows: a corpus may have moved."""
     return _differences(directory, config, _ORDER_OF_DATA)
 
 
@@ -137,14 +144,20 @@ def _differences(directory: Path, config: Config, paths: Iterable[str]) -> list[
         value: Any = saved
         for name in path.split("."):
             value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if value is not _ABSENT and value != value_of(config, path) and not _moved(directory, config, path):
+        if (
+            value is not _ABSENT
+            and value != value_of(config, path)
+            and not _moved(directory, config, path)
+        ):
             differences.append(f"{path}: checkpoint {value}, config {value_of(config, path)}")
     return differences
 
 
 def _moved(directory: Path, config: Config, path: str) -> bool:
     """Whether a field names the files of a checkpoint's corpus in another place."""
-    if path not in _FILES_OF_DATA or not (directory / "corpus").is_dir():  # older checkpoints have none
+    if (
+        path not in _FILES_OF_DATA or not (directory / "corpus").is_dir()
+    ):  # older checkpoints have none
         return False
     mark = _read_json(directory, "corpus").get(path)
     return mark is not None and mark == content_mark(value_of(config, path), path)
@@ -191,7 +204,8 @@ def _corrupt(directory: Path, reason: object) -> ConfigError:
     why = (str(reason).strip() or repr(reason)).splitlines()[0]
     steps = _listed(complete_steps(directory.parent))
     return ConfigError(
-        f"cannot restore {directory}: {why}; complete steps: {steps}; delete this one to use the one before"
+        f"cannot restore {directory}: {why}; complete steps: {steps}; delete this one to use the "
+        "one before"
     )
 
 
@@ -201,8 +215,8 @@ def _corrupt(directory: Path, reason: object) -> ConfigError:
 class Checkpointer:
     """Saves the checkpoints of one run and restores them.
 
-    Keeps the `checkpoint.keep` newest and the `checkpoint.keep_best` of lowest evaluation loss. Every process calls
-    every method.
+    Keeps the `checkpoint.keep` newest and the `checkpoint.keep_best` of lowest evaluation loss.
+    Every process calls every method.
     """
 
     def __init__(self, workdir: str | Path, config: Config):
@@ -233,7 +247,9 @@ class Checkpointer:
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy(policies),
-                best_fn=_eval_loss if settings.keep_best else None,  # without it metrics are not written
+                best_fn=_eval_loss
+                if settings.keep_best
+                else None,  # without it metrics are not written
                 best_mode="min",
                 enable_async_checkpointing=settings.async_,
                 cleanup_tmp_directories=True,
@@ -241,18 +257,25 @@ class Checkpointer:
         )
 
     def save(
-        self, step: int, state: Any, *, data: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Saves a checkpoint; a step that is saved already stays as it is.
 
-        Returns once the arrays are copied off the devices (`state` may then be donated), or when all is written where
-        `checkpoint.async_` is false. An error of a save in the background is raised by the next call.
+        Returns once the arrays are copied off the devices (`state` may then be donated), or when
+        all is written where `checkpoint.async_` is false. An error of a save in the background is
+        raised by the next call.
 
         Args:
           step: optimizer steps done.
           state: any pytree of `jax.Array`.
           data: position in the data, as JSON.
-          metrics: `{"eval_loss": ...}` of this step; a checkpoint without one is never among the best.
+          metrics: `{"eval_loss": ...}` of this step; a checkpoint without one is never among the
+            best.
         """
         import orbax.checkpoint as ocp
 
@@ -266,7 +289,9 @@ class Checkpointer:
             corpus=ocp.args.JsonSave(self._marks),
             config=ocp.args.JsonSave(dataclasses.asdict(self._config)),
         )
-        self._manager.save(step, args=items, metrics=None if metrics is None else dict(metrics), force=True)
+        self._manager.save(
+            step, args=items, metrics=None if metrics is None else dict(metrics), force=True
+        )
 
     def latest_step(self) -> int | None:
         """The newest complete step of this run, or None."""
@@ -278,21 +303,28 @@ class Checkpointer:
         """Restores a checkpoint onto the current mesh, whatever mesh saved it.
 
         Args:
-          abstract_state: the pytree to fill, of `jax.ShapeDtypeStruct` with shardings; those of `jax.eval_shape` under
-            a mesh do.
+          abstract_state: the pytree to fill, of `jax.ShapeDtypeStruct` with shardings; those of
+            `jax.eval_shape` under a mesh do.
           step: of this run; None is the checkpoint of `find_checkpoint`.
 
         Returns:
           The state, in the dtypes and shardings asked for, and the position in the data.
 
         Raises:
-          ConfigError: there is no such checkpoint, it is incomplete or damaged, or it holds other leaves.
+          ConfigError: there is no such checkpoint, it is incomplete or damaged, or it holds other
+            leaves.
         """
         self.wait()
-        found = find_checkpoint(self._workdir, self._config) if step is None else self._directory / str(step)
+        found = (
+            find_checkpoint(self._workdir, self._config)
+            if step is None
+            else self._directory / str(step)
+        )
         if found is None or not _is_complete(found):
             steps = _listed(complete_steps(self._directory))
-            raise ConfigError(f"{found or self._directory} holds no complete checkpoint; complete steps: {steps}")
+            raise ConfigError(
+                f"{found or self._directory} holds no complete checkpoint; complete steps: {steps}"
+            )
         return restore_run(found, abstract_state)
 
     def wait(self) -> None:
@@ -305,14 +337,17 @@ class Checkpointer:
 
 
 def restore_run(directory: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """The state and the position in the data of one checkpoint directory; as in `Checkpointer.restore`."""
+    """The state and the position in the data of one checkpoint directory; as in
+    `Checkpointer.restore`."""
     return restore_state(directory, abstract_state), _read_json(directory, "data")
 
 
 def restore_state(directory: Path, abstract_state: Any, *, partial: bool = False) -> Any:
-    """The state of one checkpoint directory; arguments, result and errors as in `Checkpointer.restore`.
+    """The state of one checkpoint directory; arguments, result and errors as in
+    `Checkpointer.restore`.
 
-    With `partial`, `abstract_state` may leave out leaves of the checkpoint; only those asked for are read.
+    With `partial`, `abstract_state` may leave out leaves of the checkpoint; only those asked for
+    are read.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -335,12 +370,18 @@ def restore_state(directory: Path, abstract_state: Any, *, partial: bool = False
             )
         except ConfigError:
             raise
-        except Exception as error:  # tensorstore and Orbax raise many kinds for files that are damaged
+        except (
+            Exception
+        ) as error:  # tensorstore and Orbax raise many kinds for files that are damaged
             raise _corrupt(directory, error) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in wanted])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract_state), [restored[name] for name in wanted]
+    )
 
 
-def _check_leaves(directory: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+def _check_leaves(
+    directory: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
     differences = [f"{name}: only in the checkpoint" for name in saved if name not in wanted]
     differences += [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
     differences += [
@@ -350,7 +391,9 @@ def _check_leaves(directory: Path, saved: dict[str, tuple[int, ...]], wanted: di
     ]
     if differences:
         more = [f"and {len(differences) - 8} more"] if len(differences) > 8 else []
-        raise ConfigError(f"{directory} holds another state:\n  " + "\n  ".join(differences[:8] + more))
+        raise ConfigError(
+            f"{directory} holds another state:\n  " + "\n  ".join(differences[:8] + more)
+        )
 
 
 def _on_devices(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -360,15 +403,20 @@ def _on_devices(leaf: Any) -> jax.ShapeDtypeStruct:
 
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
-        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec, memory_kind=sharding.memory_kind)
+        sharding = NamedSharding(
+            jax.sharding.get_mesh(), sharding.spec, memory_kind=sharding.memory_kind
+        )
     elif sharding is None:
         mesh = jax.sharding.get_mesh()
-        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, jax.P())
+        sharding = (
+            SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, jax.P())
+        )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
-    """Plain zarr: measured on 384 MiB, it saves 5 times and restores 12 times as fast as compressed OCDBT."""
+    """Plain zarr: measured on 384 MiB, it saves 5 times and restores 12 times as fast as compressed
+    OCDBT."""
     import orbax.checkpoint as ocp
 
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)

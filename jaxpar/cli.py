@@ -1,6 +1,8 @@
-"""The door of every command: flags in, one plain message and an exit code out. jax starts in `start`, not before.
+"""The door of every command: flags in, one plain message and an exit code out. jax starts in
+`start`, not before.
 
-Exit codes: 0 done; 1 the run failed; 2 the request is wrong (`ConfigError`); 128 + n stopped by signal n.
+Exit codes: 0 done; 1 the run failed; 2 the request is wrong (`ConfigError`); 128 + n stopped by
+signal n.
 """
 
 import dataclasses
@@ -18,7 +20,16 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from jaxpar.config import AXES, LARGEST, Config, ConfigError, check_field, field_paths, nearest, value_of
+from jaxpar.config import (
+    AXES,
+    LARGEST,
+    Config,
+    ConfigError,
+    check_field,
+    field_paths,
+    nearest,
+    value_of,
+)
 from jaxpar.validation import CHOICES, resolve, resolve_mesh, validate_mesh
 
 if typing.TYPE_CHECKING:
@@ -36,7 +47,8 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """On which devices to run, and the options of one command; checked as far as it can be without devices."""
+    """On which devices to run, and the options of one command; checked as far as it can be without
+    devices."""
 
     mesh: Mapping[str, int | None]
     cpu_devices: int | None
@@ -61,7 +73,9 @@ class Request(Launch):
 
 _LAUNCH = {
     "cpu_devices": Option(0, "simulate this many devices on the CPU"),
-    "coordinator": Option(None, "HOST:PORT of process 0, on several hosts without Slurm, Open MPI or Kubernetes"),
+    "coordinator": Option(
+        None, "HOST:PORT of process 0, on several hosts without Slurm, Open MPI or Kubernetes"
+    ),
     "num_processes": Option(0, "number of processes, with --coordinator"),
     "process_id": Option(-1, "number of this process, with --coordinator"),
 }
@@ -83,7 +97,8 @@ def run(main: Callable[[list[str] | None], int]) -> typing.NoReturn:
 
 
 def parse(argv: Sequence[str] | None, doc: str, **options: Option) -> Request:
-    """Reads `--config`, its overrides, `--workdir`, the launch flags, and the `options` of one command.
+    """Reads `--config`, its overrides, `--workdir`, the launch flags, and the `options` of one
+    command.
 
     Args:
       argv: arguments without the program; None takes those of the process.
@@ -109,7 +124,9 @@ def parse_launch(argv: Sequence[str] | None, doc: str, **options: Option) -> Lau
     return _launch(_parse_flags(argv, {**options, **_LAUNCH}, config=False), options)
 
 
-def _arguments(argv: Sequence[str] | None, doc: str, options: Mapping[str, Option], *, config: bool) -> list[str]:
+def _arguments(
+    argv: Sequence[str] | None, doc: str, options: Mapping[str, Option], *, config: bool
+) -> list[str]:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
         print(_help(doc, options, config=config))
@@ -132,11 +149,15 @@ def _launch(values: flags.FlagValues, options: Mapping[str, Option]) -> Launch:
     return launch
 
 
-def _parse_flags(argv: Sequence[str], options: Mapping[str, Option], *, config: bool) -> flags.FlagValues:
-    """The flags themselves: `--mesh.AXIS`, the `options`, and with `config` also `--config` with its overrides.
+def _parse_flags(
+    argv: Sequence[str], options: Mapping[str, Option], *, config: bool
+) -> flags.FlagValues:
+    """The flags themselves: `--mesh.AXIS`, the `options`, and with `config` also `--config` with
+    its overrides.
 
     Raises:
-      ConfigError: an unknown or malformed flag, field or axis, or a config file that cannot be read.
+      ConfigError: an unknown or malformed flag, field or axis, or a config file that cannot be
+        read.
     """
     values = flags.FlagValues()
     for name, option in options.items():
@@ -154,7 +175,9 @@ def _parse_flags(argv: Sequence[str], options: Mapping[str, Option], *, config: 
         rest = values(["jaxpar", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [*options, "mesh", *(["config"] if config else [])]
-        raise ConfigError(f"unknown flag --{error.flagname}.{nearest(error.flagname, known)}") from error
+        raise ConfigError(
+            f"unknown flag --{error.flagname}.{nearest(error.flagname, known)}"
+        ) from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if rest:
@@ -181,7 +204,8 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _load_config(path: str | None) -> config_dict.ConfigDict:
-    """What `get_config()` of a config file returns; whatever goes wrong in it is told in one line."""
+    """What `get_config()` of a config file returns; whatever goes wrong in it is told in one
+    line."""
     if not path:
         raise ConfigError(f"--config=FILE is missing.{_known_configs('configs/tiny.py')}")
     if not Path(path).is_file():
@@ -193,12 +217,22 @@ def _load_config(path: str | None) -> config_dict.ConfigDict:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, config_dict.ConfigDict):
-        found = f"get_config() gives {type(config).__name__}" if "get_config" in content else "there is no get_config()"
-        raise ConfigError(f"{path}: {found}; a config file has a get_config() that returns configure(...)")
+        found = (
+            f"get_config() gives {type(config).__name__}"
+            if "get_config" in content
+            else "there is no get_config()"
+        )
+        raise ConfigError(
+            f"{path}: {found}; a config file has a get_config() that returns configure(...)"
+        )
     return config
 
 
@@ -222,16 +256,25 @@ def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:
     if config:
         lines.append("  --config=FILE  a Python file with get_config(); see configs/")
     for name, option in options.items():
-        default = "" if option.default in (None, "") or name in _LAUNCH else f" (default: {option.default})"
-        lines.append(f"  --{name}={'N' if isinstance(option.default, int) else 'VALUE'}  {option.help}{default}")
+        default = (
+            ""
+            if option.default in (None, "") or name in _LAUNCH
+            else f" (default: {option.default})"
+        )
+        lines.append(
+            f"  --{name}={'N' if isinstance(option.default, int) else 'VALUE'}  "
+            f"{option.help}{default}"
+        )
     lines.append(
-        f"  --mesh.AXIS=N  {', '.join(AXES)}; one may be -1: the devices left over (default: data=-1, others 1)"
+        f"  --mesh.AXIS=N  {', '.join(AXES)}; one may be -1: the devices left over (default: "
+        "data=-1, others 1)"
     )
     if not config:
         return "\n".join(lines)
     lines += [
         "",
-        "Config fields, as --config.GROUP.FIELD=VALUE; shown are the defaults of what a config file leaves out:",
+        "Config fields, as --config.GROUP.FIELD=VALUE; shown are the defaults of what a config "
+        "file leaves out:",
     ]
     group = ""
     for path in field_paths():
@@ -258,36 +301,45 @@ def check_writable(workdir: Path) -> None:
 
 def check_output(flag: str, path: str | None) -> None:
     """Refuses a file that could not be written when the work is done."""
-    if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK)):
-        raise ConfigError(f"--{flag}={path} can't be written; give a file in a folder that exists and is writable")
+    if path and (
+        Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK)
+    ):
+        raise ConfigError(
+            f"--{flag}={path} can't be written; give a file in a folder that exists and is writable"
+        )
 
 
 def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":
     """Starts jax with the devices that were asked for and makes the mesh.
 
-    Several hosts: Slurm, Open MPI and Kubernetes are detected by jax; elsewhere `--coordinator` tells. Without
-    `training` the batch and the sequence length of the config need not fit the mesh.
+    Several hosts: Slurm, Open MPI and Kubernetes are detected by jax; elsewhere `--coordinator`
+    tells. Without `training` the batch and the sequence length of the config need not fit the mesh.
 
     Raises:
       ConfigError: the mesh does not fit the devices, or the config does not fit the mesh.
     """
     import jax
 
-    from jaxpar import sources, xla
+    from jaxpar import xla
+    from jaxpar.data import sources
     from jaxpar.sharding import make_mesh
 
     if launch.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
     elif "JAX_PLATFORMS" not in os.environ and not _nvidia_driver():
-        jax.config.update("jax_platforms", "cpu")  # spares a user without a GPU the CUDA plugin's complaints
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # spares a user without a GPU the CUDA plugin's complaints
     xla.keep_compiled(config.compile, sources.cache())
     _start_processes(launch)
     devices = jax.devices()
     try:
         mesh = resolve_mesh(launch.mesh, len(devices))
     except ConfigError as error:
-        raise ConfigError(f"{error}. Found {len(devices)} of kind {devices[0].device_kind!r}") from error
+        raise ConfigError(
+            f"{error}. Found {len(devices)} of kind {devices[0].device_kind!r}"
+        ) from error
     validate_mesh(config, mesh, training=training)
     return make_mesh(mesh)
 
@@ -298,7 +350,9 @@ def _start_processes(launch: Launch) -> None:
     given = (launch.coordinator, launch.num_processes, launch.process_id)
     if any(item is not None for item in given):
         if any(item is None for item in given):
-            raise ConfigError("--coordinator, --num_processes and --process_id belong together; give all three")
+            raise ConfigError(
+                "--coordinator, --num_processes and --process_id belong together; give all three"
+            )
         if launch.cpu_devices:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(*given)
@@ -315,4 +369,6 @@ def _launched_by_cluster() -> bool:
 
 def _nvidia_driver() -> bool:
     files = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
-    return any(map(os.path.exists, files)) or bool(shutil.which("nvidia-smi") or find_library("cuda"))
+    return any(map(os.path.exists, files)) or bool(
+        shutil.which("nvidia-smi") or find_library("cuda")
+    )

@@ -1,6 +1,8 @@
-"""One training step, compiled for devices that may be absent, and whether what was to be offloaded left the device.
+"""One training step, compiled for devices that may be absent, and whether what was to be offloaded
+left the device.
 
-XLA's GPU compiler runs without a GPU where `jax-cuda12-plugin` is installed: the same fusions, collectives and buffers.
+XLA's GPU compiler runs without a GPU where `jax-cuda12-plugin` is installed: the same fusions,
+collectives and buffers.
 """
 
 import dataclasses
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpar import attention, data, memory, xla
+from jaxpar import attention, xla
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.step import TrainState, batch_spec, init_state, make_train_step
+from jaxpar.data.batches import Batch, batch_sharding
+from jaxpar.estimate import memory
+from jaxpar.step import TrainState, init_state, make_train_step
 
 
 def absent_gpus(target: str, topology: str) -> list[jax.Device]:
@@ -21,13 +25,17 @@ def absent_gpus(target: str, topology: str) -> list[jax.Device]:
 
     Args:
       target: text of a target description, as in `assets/gpus/h100.txtpb`.
-      topology: NVLink domains x hosts in each x GPUs in each, such as `1x1x8` for eight GPUs of one host.
+      topology: NVLink domains x hosts in each x GPUs in each, such as `1x1x8` for eight GPUs of one
+        host.
     """
-    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology=topology
+    ).devices
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the training state, with the memory in which each array lives."""
+    """Shapes, dtypes and shardings of the training state, with the memory in which each array
+    lives."""
 
     def placed(x: jax.ShapeDtypeStruct, *, host: bool = False) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else jax.P()
@@ -36,27 +44,37 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(config))
-    in_host = functools.partial(placed, host=config.memory.offload_optimizer)  # jax.eval_shape does not tell
-    return dataclasses.replace(jax.tree.map(placed, state), optimizer=jax.tree.map(in_host, state.optimizer))
+    in_host = functools.partial(
+        placed, host=config.memory.offload_optimizer
+    )  # jax.eval_shape does not tell
+    return dataclasses.replace(
+        jax.tree.map(placed, state), optimizer=jax.tree.map(in_host, state.optimizer)
+    )
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step for a mesh of devices, absent ones too. It donates the state; no array is made.
+    """The training step for a mesh of devices, absent ones too. It donates the state; no array is
+    made.
 
-    Attention is that of these devices, not of the machine that compiles. For absent ones cuDNN cannot be asked how much
-    memory its calls work in: `memory_analysis()` has none of it.
+    Attention is that of these devices, not of the machine that compiles. For absent ones cuDNN
+    cannot be asked how much memory its calls work in: `memory_analysis()` has none of it.
     """
     train = config.train
-    shape = (train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length)
+    shape = (
+        train.microbatches,
+        train.batch_size // train.microbatches,
+        config.data.sequence_length,
+    )
     with jax.set_mesh(mesh):
-        field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(config)))
+        field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(config, mesh))
         options = xla.options(config.compile, mesh.devices.flat)
         step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
-        return step.lower(abstract_state(config, mesh), data.Batch(field, field, field, field)).compile()
+        return step.lower(abstract_state(config, mesh), Batch(field, field, field, field)).compile()
 
 
 def check_attention(config: Config, mesh: Mesh) -> None:
-    """Refuses `attention.implementation=cudnn` where cuDNN cannot compute the attention of a training step.
+    """Refuses `attention.implementation=cudnn` where cuDNN cannot compute the attention of a
+    training step.
 
     Raises:
       ConfigError: the rule that is broken.
@@ -66,12 +84,15 @@ def check_attention(config: Config, mesh: Mesh) -> None:
     tokens, heads = config.data.sequence_length // sizes.sequence, model.heads // sizes.tensor
     with jax.set_mesh(mesh):
         attention.refuses_cudnn(
-            (rows, tokens, heads, model.head_dim), config.precision.compute, attention.Options.make(config)
+            (rows, tokens, heads, model.head_dim),
+            config.precision.compute,
+            attention.Options.make(config),
         )
 
 
 def check_host_memory(config: Config, mesh: Mesh) -> None:
-    """Refuses `memory.offload` on devices that reach no pinned host memory. Absent devices cannot tell.
+    """Refuses `memory.offload` on devices that reach no pinned host memory. Absent devices cannot
+    tell.
 
     Raises:
       ConfigError: with the memories they have.
@@ -80,13 +101,15 @@ def check_host_memory(config: Config, mesh: Mesh) -> None:
     kinds = [memory.kind for memory in device.addressable_memories()]
     if config.memory.offload and "pinned_host" not in kinds:
         raise ConfigError(
-            f"memory.offload={config.memory.offload} needs pinned host memory, and {device.device_kind} has only "
+            f"memory.offload={config.memory.offload} needs pinned host memory, and "
+            f"{device.device_kind} has only "
             f"{', '.join(kinds)}; leave memory.offload out and save memory by memory.remat"
         )
 
 
 def check_offload(compiled: jax.stages.Compiled, config: Config, mesh: MeshConfig) -> None:
-    """Holds the buffers of a compiled step against `memory.offload`, which XLA may pass over in silence.
+    """Holds the buffers of a compiled step against `memory.offload`, which XLA may pass over in
+    silence.
 
     Raises:
       ConfigError: what has stayed on the device.
@@ -103,6 +126,7 @@ def check_offload(compiled: jax.stages.Compiled, config: Config, mesh: MeshConfi
     stayed = [f"{count / 2**20:,.1f} MiB of {name}" for name, count in missing.items() if count > 0]
     if stayed:
         raise ConfigError(
-            f"memory.offload={asked.offload}: the compiler leaves {' and '.join(stayed)} in the memory of the device; "
+            f"memory.offload={asked.offload}: the compiler leaves {' and '.join(stayed)} in the "
+            "memory of the device; "
             "leave them out (on CPUs all of them: their memory is the host's)"
         )

@@ -1,7 +1,8 @@
 """The configuration: frozen dataclasses, one a group, with every field and its default.
 
-`ml_collections` stops at the door: a `get_config()` file returns `configure(...)` (a ConfigDict that takes dotted
-overrides), `validation.resolve` turns it into a frozen `Config`, and from there on there is no `.get` and no default.
+`ml_collections` stops at the door: a `get_config()` file returns `configure(...)` (a ConfigDict
+that takes dotted overrides), `validation.resolve` turns it into a frozen `Config`, and from there
+on there is no `.get` and no default.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ ACTIVATIONS = (
     *("residual", "attention_input", "query", "key", "value", "attention", "attention_output"),
     *("mlp_input", "gate", "up"),
 )
-"""What a layer may keep for its backward pass, as `model.py` names it; `residual` is its input, which it always keeps.
-The rest is recomputed: norms and SwiGLU's product are cheap, the attention scores are quadratic in S, and gathered
-weights are what fsdp is there to avoid."""
+"""What a layer may keep for its backward pass, as `model.py` names it; `residual` is its input,
+which it always keeps. The rest is recomputed: norms and SwiGLU's product are cheap, the attention
+scores are quadratic in S, and gathered weights are what fsdp is there to avoid."""
 
 REMAT = {
     "none": ACTIVATIONS,
@@ -35,8 +36,8 @@ REMAT = {
     "attention": ("residual", "query", "key", "value", "attention", "attention_output"),
     "full": ("residual",),
 }
-"""The activations that each policy of `memory.remat` keeps. Elements a token and layer, in the compute dtype, with D
-model dim, Q = heads x head dim, P = kv_heads x head dim, F ffn:
+"""The activations that each policy of `memory.remat` keeps. Elements a token and layer, in the
+compute dtype, with D model dim, Q = heads x head dim, P = kv_heads x head dim, F ffn:
 
   none       4D + 2Q + 2P + 2F   Every matmul's inputs. Only the attention scores are computed again, as always.
   dots       2D + 2Q + 2P + 2F   Every matmul's result. The two norms are computed again and, with mesh.tensor, the two
@@ -60,7 +61,8 @@ _DERIVED = {"derived": True}
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1 frequency scaling (`rope_type: llama3` of Hugging Face); `factor` 1 leaves the frequencies alone."""
+    """Llama 3.1 frequency scaling (`rope_type: llama3` of Hugging Face); `factor` 1 leaves the
+    frequencies alone."""
 
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -70,7 +72,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama. Left out, `kv_heads` is `heads` and `head_dim` is `dim / heads`; `resolve` puts them in."""
+    """A Llama. Left out, `kv_heads` is `heads` and `head_dim` is `dim / heads`; `resolve` puts them
+    in."""
 
     vocab_size: int = 50304
     dim: int = 512
@@ -88,8 +91,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on. `source`: `stories`, `tinystories`, `synthetic`, or a path or glob of
-    .txt, .jsonl, .parquet or .bin (token shards); `validation_source` replaces the held-out fraction."""
+    """What to train on. `source`: `stories`, `tinystories`, `synthetic`, or a path or glob of .txt,
+    .jsonl, .parquet or .bin (token shards); `validation_source` replaces the held-out fraction."""
 
     source: str = "stories"
     tokenizer: str = "gpt2"
@@ -104,7 +107,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `batch_size` is global, in sequences; `eval_batches=0` evaluates the whole validation split."""
+    """The loop. `batch_size` is global, in sequences; `eval_batches=0` evaluates the whole
+    validation split."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -133,9 +137,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """`params`: the master weights and the optimizer state. `compute`: matmuls, activations, travelling weights.
-    `grad_reduce`: in which gradients are summed over devices. `loss_scale`: the first scale of the loss, for `float16`;
-    it doubles after `loss_scale_growth_steps` finite steps and halves after one that is not."""
+    """`params`: the master weights and the optimizer state. `compute`: matmuls, activations,
+    travelling weights. `grad_reduce`: in which gradients are summed over devices. `loss_scale`: the
+    first scale of the loss, for `float16`; it doubles after `loss_scale_growth_steps` finite steps
+    and halves after one that is not."""
 
     params: str = "float32"
     compute: str = "bfloat16"
@@ -146,9 +151,10 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the activations to keep,
-    separated by commas. `offload`: names of activations that wait for the backward pass in host memory, whatever
-    `remat` says of them, and `optimizer` for the optimizer state."""
+    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the
+    activations to keep, separated by commas. `offload`: names of activations that wait for the
+    backward pass in host memory, whatever `remat` says of them, and `optimizer` for the optimizer
+    state."""
 
     remat: str = "none"
     offload: str = ""
@@ -156,7 +162,10 @@ class MemoryConfig:
     @property
     def kept(self) -> tuple[str, ...]:
         """Names of the activations that stay on the device."""
-        asked, away = REMAT.get(self.remat) or ("residual", *split_names(self.remat)), self.offloaded
+        asked, away = (
+            REMAT.get(self.remat) or ("residual", *split_names(self.remat)),
+            self.offloaded,
+        )
         return tuple(name for name in ACTIVATIONS if name in asked and name not in away)
 
     @property
@@ -178,12 +187,13 @@ def split_names(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over `tensor` along the
-    sequence (Megatron). Without it they are replicated over `tensor`. `gather`: when weights are gathered over `fsdp`,
-    in every layer or once a step. `optimizer_sharding=data` (ZeRO-1): optimizer state and master weights are sharded
-    over `data` too. `context`: how attention sees tokens of other devices on `sequence`; `zigzag` balances its work.
-    `schedule`: the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round its stages
-    (interleaved 1F1B); without a pipeline neither changes anything."""
+    """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over
+    `tensor` along the sequence (Megatron). Without it they are replicated over `tensor`. `gather`:
+    when weights are gathered over `fsdp`, in every layer or once a step. `optimizer_sharding=data`
+    (ZeRO-1): optimizer state and master weights are sharded over `data` too. `context`: how
+    attention sees tokens of other devices on `sequence`; `zigzag` balances its work. `schedule`:
+    the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round
+    its stages (interleaved 1F1B); without a pipeline neither changes anything."""
 
     sequence_parallel: bool = True
     gather: str = "per_layer"
@@ -208,9 +218,9 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """`preset`: the options of `xla.PRESET`. `cache`: where compiled programs are kept for the next start:
-    `auto` (the user's cache folder), `none`, or a folder. `unroll`: layers in one turn of the layer loop; more of them
-    stack fewer activations and compile longer."""
+    """`preset`: the options of `xla.PRESET`. `cache`: where compiled programs are kept for the next
+    start: `auto` (the user's cache folder), `none`, or a folder. `unroll`: layers in one turn of
+    the layer loop; more of them stack fewer activations and compile longer."""
 
     preset: bool = True
     cache: str = "auto"
@@ -219,9 +229,10 @@ class CompileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`every=0` saves only at the end. `keep`: newest ones kept; `keep_best`: ones of lowest eval loss kept besides.
-    `restore`: `auto` continues from the workdir, `none` refuses to touch a used one, a path starts from that run, and
-    if the data or its order are others, at their beginning."""
+    """`every=0` saves only at the end. `keep`: newest ones kept; `keep_best`: ones of lowest eval
+    loss kept besides. `restore`: `auto` continues from the workdir, `none` refuses to touch a used
+    one, a path starts from that run, and if the data or its order are others, at their
+    beginning."""
 
     every: int = 500
     keep: int = 2
@@ -286,7 +297,8 @@ class MeshConfig:
 
 
 def configure(**groups: Any) -> config_dict.ConfigDict:
-    """The ConfigDict of a run: every default, overridden by `groups` (`model=dict(dim=512), train=dict(steps=100)`).
+    """The ConfigDict of a run: every default, overridden by `groups` (`model=dict(dim=512),
+    train=dict(steps=100)`).
 
     Raises:
       ConfigError: a group or field that does not exist, with the nearest one that does.
@@ -318,17 +330,23 @@ def value_of(config: Config, path: str) -> Any:
 
 
 def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean ...?` for the closest of `names`, or the whole list when none is close; `prefix` is put before."""
+    """` Did you mean ...?` for the closest of `names`, or the whole list when none is close;
+    `prefix` is put before."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" Did you mean {prefix}{close[0]}?" if close else f" Known: {', '.join(prefix + name for name in names)}."
+    return (
+        f" Did you mean {prefix}{close[0]}?"
+        if close
+        else f" Known: {', '.join(prefix + name for name in names)}."
+    )
 
 
 def check_field(path: str) -> None:
     """Refuses the dotted name of a config field that does not exist.
 
     Raises:
-      ConfigError: with the field of that name in another group, else the nearest, else those of the group.
+      ConfigError: with the field of that name in another group, else the nearest, else those of the
+        group.
     """
     paths = field_paths()
     groups = {known.rpartition(".")[0] for known in paths}
@@ -339,7 +357,9 @@ def check_field(path: str) -> None:
     if namesakes:
         hint = f" Did you mean {' or '.join(namesakes)}?"
     elif group in groups:
-        siblings = [known.removeprefix(group + ".") for known in paths if known.rpartition(".")[0] == group]
+        siblings = [
+            known.removeprefix(group + ".") for known in paths if known.rpartition(".")[0] == group
+        ]
         hint = nearest(name, siblings, prefix=group + ".")
     else:
         hint = nearest(group or path, sorted({known.partition(".")[0] for known in groups}))
@@ -386,7 +406,8 @@ def from_mapping(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any
         path = prefix + name
         if name not in values:
             raise ConfigError(
-                f"the config has no {path}; make it with jaxpar.config.configure, which knows every field"
+                f"the config has no {path}; make it with jaxpar.config.configure, which knows "
+                "every field"
             )
         value = values[name]
         if dataclasses.is_dataclass(field.type):
@@ -397,12 +418,16 @@ def from_mapping(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any
         if value is None and field.metadata == _DERIVED:
             value = field.default
         elif value == 0 and field.metadata == _DERIVED:
-            raise ConfigError(f"{path}=0 must be finite and positive; use at least 1, or leave it out")
+            raise ConfigError(
+                f"{path}=0 must be finite and positive; use at least 1, or leave it out"
+            )
         wanted = typing.cast(type, field.type)
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}")
+            raise ConfigError(
+                f"{path}={value!r} is a {type(value).__name__}; it must be {wanted.__name__}"
+            )
         if wanted is int and not -LARGEST <= value <= LARGEST:
             raise ConfigError(f"{path}={value} does not fit into 64 bits; use at most {LARGEST}")
         result[name] = value

@@ -1,11 +1,12 @@
 """Compile one training step and account for its memory and its collectives, by name.
 
-  python -m jaxpar.explain --config=configs/llama3_8b.py --mesh.fsdp=64 --hardware=h100 --topology=8x1x8
-  python -m jaxpar.explain --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4 --mesh.tensor=2
+  python -m jaxpar.explain --config=configs/llama3_8b.py --mesh.fsdp=64 --hardware=h100
+  --topology=8x1x8 python -m jaxpar.explain --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4
+  --mesh.tensor=2
 
-For GPUs that are not there (--hardware), for simulated CPU devices (--cpu_devices), or for the devices of this machine.
-Everything is of one device and one step. When the step does not fit, it says what fills the memory and compiles the
-cheapest changes that would make it fit.
+For GPUs that are not there (--hardware), for simulated CPU devices (--cpu_devices), or for the
+devices of this machine. Everything is of one device and one step. When the step does not fit, it
+says what fills the memory and compiles the cheapest changes that would make it fit.
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxpar import cli, remedy
-from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar import cli
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.hardware import NAMES, find, of_kind
-from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
-from jaxpar.page import explain_page
-from jaxpar.timetable import picture
+from jaxpar.estimate import remedy
+from jaxpar.estimate.hardware import NAMES, find, of_kind
+from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
+from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar.report.gantt import picture
+from jaxpar.report.page import explain_page
 from jaxpar.validation import resolve_mesh, validate_mesh
 
 
@@ -32,19 +34,24 @@ def find_target(request: cli.Request) -> Target:
     """The target that the flags name.
 
     Raises:
-      ConfigError: unknown hardware, a topology that is none or does not multiply to the mesh, no GPU compiler.
+      ConfigError: unknown hardware, a topology that is none or does not multiply to the mesh, no
+        GPU compiler.
     """
     name, topology = request.options["hardware"], request.options["topology"]
     if not name:
         if topology:
-            raise ConfigError(f"--topology={topology} is of absent GPUs; say which, as --hardware=h100")
+            raise ConfigError(
+                f"--topology={topology} is of absent GPUs; say which, as --hardware=h100"
+            )
         return Target(cpu_devices=request.cpu_devices or 0)
     if request.cpu_devices:
         raise ConfigError("--hardware and --cpu_devices exclude each other; leave one out")
     found = find(name)
     if not topology:
         if -1 in request.mesh.values():
-            raise ConfigError("a mesh size of -1 needs to know the number of devices; give --topology, as 8x1x8")
+            raise ConfigError(
+                "a mesh size of -1 needs to know the number of devices; give --topology, as 8x1x8"
+            )
         topology = found.topology(resolve_mesh(request.mesh, None).devices)
     target = Target(found, topology)
     try:
@@ -79,7 +86,8 @@ def explain(config: Config, request: cli.Launch, target: Target, timeout: float)
 def compile_remedies(
     config: Config, report: Mapping[str, Any], target: Target, timeout: float, most: int = 3
 ) -> list[dict[str, Any]]:
-    """The cheapest changes, compiled in order of predicted time until `most` of them fit; at most twice as many."""
+    """The cheapest changes, compiled in order of predicted time until `most` of them fit; at most
+    twice as many."""
     mesh, peak, room = MeshConfig(**report["mesh"]), report["memory"]["peak"], report["room"]
     gpu = target.hardware or of_kind(report["backend"])  # for the order alone
     scale = peak / peak_memory(config, mesh).total
@@ -107,7 +115,10 @@ def print_report(report: dict[str, Any], rows: int) -> None:
     """Tables for the terminal, of at most so many rows."""
     console = Console()
     mesh = MeshConfig(**report["mesh"])
-    console.print(f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:", highlight=False)
+    console.print(
+        f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:",
+        highlight=False,
+    )
     for table in (
         memory_table(report),
         leaf_table(report, rows),
@@ -125,7 +136,9 @@ def memory_table(report: dict[str, Any]) -> Table:
     """What the peak is made of, the largest first."""
     memory, room = report["memory"], report["room"]
     of = f" of {human(room)}" if room else ""
-    table = Table("memory", _number("bytes"), Column("", ratio=1), title=f"peak {human(memory['peak'])}{of}")
+    table = Table(
+        "memory", _number("bytes"), Column("", ratio=1), title=f"peak {human(memory['peak'])}{of}"
+    )
     for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
         if not size:
             continue
@@ -143,7 +156,13 @@ def leaf_table(report: dict[str, Any], rows: int) -> Table:
         title=f"the {min(rows, len(leaves))} largest of {len(leaves)} leaves that a device holds between steps",
     )
     for leaf in leaves[:rows]:
-        table.add_row(leaf["name"], str(leaf["shape"]), leaf["dtype"], leaf["sharding"], mib(leaf["bytes_per_device"]))
+        table.add_row(
+            leaf["name"],
+            str(leaf["shape"]),
+            leaf["dtype"],
+            leaf["sharding"],
+            mib(leaf["bytes_per_device"]),
+        )
     return table
 
 
@@ -185,19 +204,26 @@ def print_verdict(report: dict[str, Any]) -> None:
     if report["fits"]:
         print(f"fits: {peak} of {room}, besides {human(RESERVE)} for the CUDA context and NCCL")
         return
-    print(f"DOES NOT FIT: {peak} of {room}; most of it for {remedy.blame(report['memory']['parts'])}")
+    print(
+        f"DOES NOT FIT: {peak} of {room}; most of it for {remedy.blame(report['memory']['parts'])}"
+    )
     for row in report["remedies"]:
         print(f"  {human(row['peak'])} with {row['flags']}")
     if not report["remedies"]:
         print(
-            "  no change of remat, microbatches, sharding or mesh on these devices was found to fit: use more devices"
+            "  no change of remat, microbatches, sharding or mesh on these devices was found to "
+            "fit: use more devices"
         )
 
 
 def _timetable(config: Config, mesh: Mapping[str, int]) -> str:
     """The picture of the pipeline of a mesh; "" where there is none."""
     stages, parallel = mesh.get("pipeline", 1), config.parallel
-    return picture(parallel.schedule, stages, config.train.microbatches, parallel.chunks) if stages > 1 else ""
+    return (
+        picture(parallel.schedule, stages, config.train.microbatches, parallel.chunks)
+        if stages > 1
+        else ""
+    )
 
 
 def mib(count: float) -> str:
@@ -209,10 +235,14 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         __doc__ or "",
         hardware=cli.Option(None, f"GPUs that are not there: {', '.join(NAMES)}, or a TOML file"),
-        topology=cli.Option(None, "NVLink domains x hosts in each x GPUs in each, as 8x1x8 (default: from the mesh)"),
+        topology=cli.Option(
+            None, "NVLink domains x hosts in each x GPUs in each, as 8x1x8 (default: from the mesh)"
+        ),
         timeout=cli.Option(600.0, "seconds that one compilation may take"),
         rows=cli.Option(12, "rows of each table"),
-        json=cli.Option(None, "write the account as JSON to this file; - is standard output, and nothing else"),
+        json=cli.Option(
+            None, "write the account as JSON to this file; - is standard output, and nothing else"
+        ),
         html=cli.Option(None, "write a page to this file"),
     )
     output, page = request.options["json"], request.options["html"]

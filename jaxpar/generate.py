@@ -1,9 +1,10 @@
 """Generate text from a checkpoint.
 
-  python -m jaxpar.generate --checkpoint=runs/tiny --prompt="Once upon a time" [--max_tokens=200 --temperature=0.8]
+  python -m jaxpar.generate --checkpoint=runs/tiny --prompt="Once upon a time" [--max_tokens=200
+  --temperature=0.8]
 
---checkpoint is the workdir of a run, its `checkpoints` folder, or one step in it. The model may be spread over devices
-with --mesh.data, --mesh.fsdp and --mesh.tensor, whatever mesh trained it.
+--checkpoint is the workdir of a run, its `checkpoints` folder, or one step in it. The model may be
+spread over devices with --mesh.data, --mesh.fsdp and --mesh.tensor, whatever mesh trained it.
 """
 
 import dataclasses
@@ -21,14 +22,14 @@ from jaxpar import cli
 from jaxpar.attention import TokenInfo
 from jaxpar.checkpoint import load_config, locate, restore_state
 from jaxpar.config import BATCH_AXES, Config, ConfigError, ParallelConfig
+from jaxpar.data.tokenizer import Tokenizer, load_tokenizer
 from jaxpar.model import Cache, Llama
-from jaxpar.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """`temperature=0` takes the likeliest token; `top_k=0` considers all, `top_p` the likeliest of those that
-    together have this share of their mass."""
+    """`temperature=0` takes the likeliest token; `top_k=0` considers all, `top_p` the likeliest of
+    those that together have this share of their mass."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -36,7 +37,10 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature >= 0:
-            raise ConfigError(f"--temperature={self.temperature} must not be negative; 0 takes the likeliest token")
+            raise ConfigError(
+                f"--temperature={self.temperature} must not be negative; 0 takes the likeliest "
+                "token"
+            )
         if self.top_k < 0:
             raise ConfigError(f"--top_k={self.top_k} must not be negative; 0 considers all tokens")
         if not 0 < self.top_p <= 1:
@@ -50,12 +54,16 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
     logits_BV = logits_BV / sampling.temperature
     ordered_BV = -jnp.sort(-logits_BV, axis=-1)
     if 0 < sampling.top_k < logits_BV.shape[1]:
-        logits_BV = jnp.where(logits_BV < ordered_BV[:, sampling.top_k - 1, None], -jnp.inf, logits_BV)
+        logits_BV = jnp.where(
+            logits_BV < ordered_BV[:, sampling.top_k - 1, None], -jnp.inf, logits_BV
+        )
         ordered_BV = ordered_BV.at[:, sampling.top_k :].set(-jnp.inf)
     if sampling.top_p < 1:
         mass_BV = jnp.cumsum(jax.nn.softmax(ordered_BV, axis=-1), axis=-1)
         last_B1 = jnp.sum(mass_BV < sampling.top_p, axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < jnp.take_along_axis(ordered_BV, last_B1, axis=-1), -jnp.inf, logits_BV)
+        logits_BV = jnp.where(
+            logits_BV < jnp.take_along_axis(ordered_BV, last_B1, axis=-1), -jnp.inf, logits_BV
+        )
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
@@ -63,7 +71,9 @@ def next_logits(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.A
     """Float32 logits [B, V] of the token after the last, and the cache extended by S tokens."""
     batch, length = tokens_BS.shape
     rules = model.layout.rules
-    positions = jnp.broadcast_to(cache.length + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    positions = jnp.broadcast_to(
+        cache.length + jnp.arange(length, dtype=jnp.int32), (batch, length)
+    )
     positions = jax.sharding.reshard(positions, rules.spec("batch", "seq"))
     x_BSD, extended = model(tokens_BS, TokenInfo(positions, jnp.ones_like(positions)), cache)
     assert extended is not None
@@ -73,18 +83,27 @@ def next_logits(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.A
 
 
 def generate(
-    model: Llama, prompt: np.ndarray, *, samples: int, max_tokens: int, sampling: Sampling, seed: int
+    model: Llama,
+    prompt: np.ndarray,
+    *,
+    samples: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every sample, int32 [samples], `max_tokens` times.
 
     Args:
-      model: on the current mesh, whose batch axes must divide `samples`; built without sequence parallelism.
+      model: on the current mesh, whose batch axes must divide `samples`; built without sequence
+        parallelism.
       prompt: token ids [S], S >= 1, the same for all samples.
     """
     spec = model.layout.rules.spec("batch", "seq")
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def advance(model: Llama, tokens_BS: jax.Array, cache: Cache, key: jax.Array) -> tuple[jax.Array, Cache]:
+    def advance(
+        model: Llama, tokens_BS: jax.Array, cache: Cache, key: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         logits_BV, cache = next_logits(model, jax.sharding.reshard(tokens_BS, spec), cache)
         return sample(logits_BV, key, sampling), cache
 
@@ -97,7 +116,8 @@ def generate(
 
 
 def generation_config(saved: Config) -> Config:
-    """The config of a run, for a forward pass over single tokens: the residual cannot be split along the sequence."""
+    """The config of a run, for a forward pass over single tokens: the residual cannot be split
+    along the sequence."""
     return dataclasses.replace(saved, parallel=ParallelConfig(sequence_parallel=False))
 
 
@@ -128,26 +148,40 @@ def main(argv: list[str] | None = None) -> int:
     directory = locate(options["checkpoint"])
     saved = load_config(directory)
     if saved.data.source == "synthetic":
-        raise ConfigError(f"{directory} was trained on synthetic tokens; it has no text to generate")
+        raise ConfigError(
+            f"{directory} was trained on synthetic tokens; it has no text to generate"
+        )
     tokenizer = load_tokenizer(saved.data.tokenizer)
     # Without a prompt, begin where documents begin: after the end of another.
-    prompt = np.asarray(tokenizer.encode(options["prompt"]) if options["prompt"] else [tokenizer.eot], np.int32)
+    prompt = np.asarray(
+        tokenizer.encode(options["prompt"]) if options["prompt"] else [tokenizer.eot], np.int32
+    )
     mesh = cli.start(launch, generation_config(saved), training=False)
     if mesh.shape["sequence"] > 1:
-        raise ConfigError(f"mesh.sequence={mesh.shape['sequence']}: tokens are generated one by one; use 1")
+        raise ConfigError(
+            f"mesh.sequence={mesh.shape['sequence']}: tokens are generated one by one; use 1"
+        )
     with jax.set_mesh(mesh):
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         rows = -(-options["samples"] // shards) * shards  # the surplus is not printed
         model = load_model(directory, generation_config(saved))
         tokens = generate(
-            model, prompt, samples=rows, max_tokens=options["max_tokens"], sampling=sampling, seed=options["seed"]
+            model,
+            prompt,
+            samples=rows,
+            max_tokens=options["max_tokens"],
+            sampling=sampling,
+            seed=options["seed"],
         )
         print_samples(tokens, tokenizer, options["prompt"], options["samples"])
     return 0
 
 
-def print_samples(tokens: Iterator[np.ndarray], tokenizer: Tokenizer, prompt: str, samples: int) -> None:
-    """Prints one sample as it grows, several when all are done; each ends where its document ends."""
+def print_samples(
+    tokens: Iterator[np.ndarray], tokenizer: Tokenizer, prompt: str, samples: int
+) -> None:
+    """Prints one sample as it grows, several when all are done; each ends where its document
+    ends."""
     texts: list[list[int]] = [[] for _ in range(samples)]
     ended = [False] * samples
     shown = ""
@@ -160,7 +194,9 @@ def print_samples(tokens: Iterator[np.ndarray], tokenizer: Tokenizer, prompt: st
                 texts[row].append(int(drawn[row]))
         if samples == 1:
             text = tokenizer.decode(texts[0])
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of a character is still to come
+            if not text.endswith(
+                "\N{REPLACEMENT CHARACTER}"
+            ):  # the rest of a character is still to come
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         if all(ended):

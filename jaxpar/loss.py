@@ -1,8 +1,8 @@
 """Cross-entropy over a sharded vocabulary, in chunks, with its gradient computed in the same pass.
 
-Full logits never exist: each device turns `chunk` of its tokens at a time into float32 logits over its part of the
-vocabulary, reduces them to three numbers a token, and turns them at once into the gradients of its input and weight.
-The backward pass only scales those by the incoming scalar.
+Full logits never exist: each device turns `chunk` of its tokens at a time into float32 logits over
+its part of the vocabulary, reduces them to three numbers a token, and turns them at once into the
+gradients of its input and weight. The backward pass only scales those by the incoming scalar.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpar.matmul import einsum
+from jaxpar.kernels.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.sharding import Rules, all_manual
 
@@ -19,7 +19,8 @@ from jaxpar.sharding import Rules, all_manual
 
 
 class LossSums(NamedTuple):
-    """float32 scalars, sums over the valid tokens: the objective (differentiable), and its two parts."""
+    """float32 scalars, sums over the valid tokens: the objective (differentiable), and its two
+    parts."""
 
     objective: jax.Array
     cross_entropy: jax.Array
@@ -41,7 +42,8 @@ def cross_entropy(
     z_loss: float,
     sum_dtype: jnp.dtype,
 ) -> LossSums:
-    """Summed cross-entropy of next-token prediction, plus `z_loss` times the summed square of the log-partition.
+    """Summed cross-entropy of next-token prediction, plus `z_loss` times the summed square of the
+    log-partition.
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
@@ -55,9 +57,10 @@ def cross_entropy(
     Returns:
       `LossSums`; only `objective` has a gradient.
 
-    Communication: w over fsdp (all-gather); x over tensor if the residual lies there (all-gather); two all-reduces
-    over the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx over tensor (reduce-scatter; without
-    sequence parallelism all-reduce); dw over fsdp (reduce-scatter), otherwise it stays a partial sum over the tokens.
+    Communication: w over fsdp (all-gather); x over tensor if the residual lies there (all-gather);
+    two all-reduces over the axes of `vocab` a chunk, of C and 2C float32. For the gradients: dx
+    over tensor (reduce-scatter; without sequence parallelism all-reduce); dw over fsdp
+    (reduce-scatter), otherwise it stays a partial sum over the tokens.
     """
     head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
     return _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
@@ -75,7 +78,8 @@ def _backward(rules, chunk, z_loss, sum_dtype, residuals, cotangent: LossSums):
     scale = cotangent.objective
     dx_BSD = (dx_BSD * scale).astype(dx_BSD.dtype)
     dw_DV = reduce.scatter(reduce.scale_partial(dw_DV, scale), w_DV, sum_dtype)
-    # The layers' backward pass needs dx alone: it has to wait, or dw waits for it, whole and unsummed.
+    # The layers' backward pass needs dx alone: it has to wait, or dw waits for it, whole and
+    # unsummed.
     return *jax.lax.optimization_barrier((dx_BSD, dw_DV)), None
 
 
@@ -83,11 +87,16 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
-    """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they are typed."""
+    """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they
+    are typed."""
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
-    dweight = rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
+    dweight = (
+        rules.spec("embed", "vocab", unreduced=vocabulary.deferred(w_DV)) if gradients else None
+    )
     every_token_axis = rules.spec("batch", "seq")
-    local = functools.partial(_local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules, shares=all_manual())
+    local = functools.partial(
+        _local, chunk=chunk, z_loss=z_loss, gradients=gradients, rules=rules, shares=all_manual()
+    )
     sums, grads = jax.shard_map(
         local,
         in_specs=(residual, weight, every_token_axis),
@@ -98,8 +107,19 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     return LossSums(ce + z_loss * z, ce, z), grads
 
 
-def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: bool, rules: Rules, shares: bool):
-    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks; of x its share if `shares`."""
+def _local(
+    x_bsD,
+    w_Dv,
+    targets_bs,
+    *,
+    chunk: int,
+    z_loss: float,
+    gradients: bool,
+    rules: Rules,
+    shares: bool,
+):
+    """One device: sums of its tokens as [1, 1] arrays, and the gradients of its blocks; of x its
+    share if `shares`."""
     dtype, shard_seq = x_bsD.dtype, "tensor" in rules.residual_seq
     x_bSD = vocabulary.gather_tokens(x_bsD) if shard_seq else x_bsD
     shape, dim, size = x_bSD.shape, w_Dv.shape[0], min(chunk, targets_bs.size)
@@ -119,7 +139,9 @@ def _local(x_bsD, w_Dv, targets_bs, *, chunk: int, z_loss: float, gradients: boo
             return (ce, z, dw_Dv), None
         probability_cv = jnp.exp(logits_cv - lse_c[:, None])
         scale_c = valid_c * (1 + 2 * z_loss * lse_c)
-        dlogits_cv = (scale_c[:, None] * probability_cv - jnp.where(hit_cv, valid_c[:, None], 0)).astype(dtype)
+        dlogits_cv = (
+            scale_c[:, None] * probability_cv - jnp.where(hit_cv, valid_c[:, None], 0)
+        ).astype(dtype)
         dw_Dv += jnp.einsum("cD,cv->Dv", x_cD, dlogits_cv, preferred_element_type=jnp.float32)
         return (ce, z, dw_Dv), einsum("cv,Dv->cD", dlogits_cv, w_Dv)
 

@@ -1,6 +1,8 @@
-"""What a run tells: `config.json`, `metrics.jsonl`, TensorBoard, and the lines or the bar on the terminal.
+"""What a run tells: `config.json`, `metrics.jsonl`, TensorBoard, and the lines or the bar on the
+terminal.
 
-The training loop dispatches step n and then reads the metrics of step n-1, so the device never waits for the host:
+The training loop dispatches step n and then reads the metrics of step n-1, so the device never
+waits for the host:
 
     with Metrics(workdir, config, mesh, start_step=step) as metrics:
         for batch in metrics.watch(batches):
@@ -30,8 +32,9 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import jax
 import numpy as np
 
-from jaxpar import __version__, counts, hardware
+from jaxpar import __version__
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig
+from jaxpar.estimate import counts, hardware
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -42,21 +45,32 @@ T = TypeVar("T")
 
 
 def write_config(workdir: str | Path, config: Config, mesh: MeshConfig) -> None:
-    """Writes `config.json`: the config's groups, `mesh`, `versions` and `devices`. Only process 0 writes."""
+    """Writes `config.json`: the config's groups, `mesh`, `versions` and `devices`. Only process 0
+    writes."""
     if jax.process_index():
         return
     devices = jax.devices()
     content = dataclasses.asdict(config) | {
         "mesh": dict(zip(AXES, mesh.shape, strict=True)),
         "versions": _versions(),
-        "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+        "devices": {
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
     }
     Path(workdir).mkdir(parents=True, exist_ok=True)
     _replace(Path(workdir) / "config.json", json.dumps(content, indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:
-    packages = {"jax": "jax", "jaxlib": "jaxlib", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint"}
+    packages = {
+        "jax": "jax",
+        "jaxlib": "jaxlib",
+        "flax": "flax",
+        "optax": "optax",
+        "orbax": "orbax-checkpoint",
+    }
     versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
     return {"jaxpar": __version__, **versions, "python": platform.python_version()}
 
@@ -64,14 +78,15 @@ def _versions() -> dict[str, str]:
 class Metrics:
     """Writes the rows of a run. Process 0 writes; the others only keep step.
 
-    Throughput is measured between the ends of steps, over all steps since the last row. The first step of a run, which
-    compiles, and everything inside `untimed` are left out.
+    Throughput is measured between the ends of steps, over all steps since the last row. The first
+    step of a run, which compiles, and everything inside `untimed` are left out.
 
     Args:
       workdir: receives `metrics.jsonl` and, with `log.tensorboard`, `tensorboard/`.
       config: the resolved config.
       mesh: all devices of the run; their number and kind give MFU.
-      start_step: steps done before. Rows of later steps are dropped: they belong to an attempt that was lost.
+      start_step: steps done before. Rows of later steps are dropped: they belong to an attempt that
+        was lost.
       start_samples: sequences seen before; not all need have come in batches of this size.
 
     Raises:
@@ -79,7 +94,13 @@ class Metrics:
     """
 
     def __init__(
-        self, workdir: str | Path, config: Config, mesh: MeshConfig, *, start_step: int = 0, start_samples: int = 0
+        self,
+        workdir: str | Path,
+        config: Config,
+        mesh: MeshConfig,
+        *,
+        start_step: int = 0,
+        start_samples: int = 0,
     ):
         self._config = config
         self._tokens = config.train.batch_size * config.data.sequence_length
@@ -98,7 +119,9 @@ class Metrics:
         self._file = _open_rows(Path(workdir) / "metrics.jsonl", start_step)
         if config.log.tensorboard:
             self._tensorboard = _tensorboard(Path(workdir) / "tensorboard", start_step)
-        self._reporter = Reporter(config.train.steps, start_step=start_step, progress=config.log.progress)
+        self._reporter = Reporter(
+            config.train.steps, start_step=start_step, progress=config.log.progress
+        )
 
     def __enter__(self) -> Metrics:
         return self
@@ -123,8 +146,9 @@ class Metrics:
 
         Args:
           step: counted from 1.
-          values: on device or not; every scalar becomes a field of the row, arrays and mappings do not. `loss`,
-            `grad_norm`, `learning_rate` and `skipped` (updates skipped so far, not finite) are expected.
+          values: on device or not; every scalar becomes a field of the row, arrays and mappings do
+            not. `loss`, `grad_norm`, `learning_rate` and `skipped` (updates skipped so far, not
+            finite) are expected.
 
         Returns:
           The values of the step before, on the host; None where nothing was pending.
@@ -169,7 +193,8 @@ class Metrics:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """Waits for the step that is pending and stops the clock: for evaluation and checkpoints."""
+        """Waits for the step that is pending and stops the clock: for evaluation and
+        checkpoints."""
         self.flush()
         timing = self._clock.stop()
         try:
@@ -184,7 +209,10 @@ class Metrics:
         perplexity = math.exp(loss) if loss < 700 else math.inf  # float64 overflows at 709
         self._write(step, {"eval_loss": loss, "eval_perplexity": perplexity})
         if self._reporter:
-            self._reporter.line(f"step {step}/{self._config.train.steps}  eval_loss {loss:.4f}  ppl {perplexity:,.2f}")
+            self._reporter.line(
+                f"step {step}/{self._config.train.steps}  eval_loss {loss:.4f}  ppl "
+                f"{perplexity:,.2f}"
+            )
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar where there is one. Only process 0 prints."""
@@ -204,14 +232,19 @@ class Metrics:
         if not self._file:
             return
         # JSON has no NaN and no infinity.
-        row = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
+        row = {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in row.items()
+        }
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in row.items():
                 if value is not None:
                     group = "eval" if name.startswith("eval_") else "train"
-                    self._tensorboard.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, step)
+                    self._tensorboard.add_scalar(
+                        f"{group}/{name.removeprefix('eval_')}", value, step
+                    )
             self._tensorboard.flush()
 
 
@@ -244,7 +277,8 @@ class _Clock:
         self._since = now
 
     def lap(self) -> tuple[float | None, float | None]:
-        """Mean seconds of a step and of the wait for its data; None where no step was timed. Starts over."""
+        """Mean seconds of a step and of the wait for its data; None where no step was timed. Starts
+        over."""
         steps, seconds, waited = self._steps, self._seconds, self._waited
         self._seconds, self._waited, self._steps = 0.0, 0.0, 0
         return (seconds / steps, waited / steps) if steps else (None, None)
@@ -264,7 +298,9 @@ class Reporter:
         self._bar: Progress | None = None
         if progress and sys.stdout.isatty():
             self._bar = _bar()
-            self._task = self._bar.add_task("training", total=total, completed=start_step, status="compiling")
+            self._task = self._bar.add_task(
+                "training", total=total, completed=start_step, status="compiling"
+            )
             self._bar.start()
 
     def step(self, step: int, row: Row | None) -> None:
@@ -303,7 +339,9 @@ _SHORT = ("loss", "tokens_per_second", "mfu", "skipped")
 
 def _described(row: Row, names: Iterable[str], steps_left: int) -> list[str]:
     """A row for people, without what is unknown or did not happen."""
-    known = [name for name in names if row.get(name) is not None and (row[name] or name != "skipped")]
+    known = [
+        name for name in names if row.get(name) is not None and (row[name] or name != "skipped")
+    ]
     parts = [_DESCRIPTIONS[name].format(row[name]) for name in known]
     if (seconds := row["step_seconds"]) is not None:
         parts.append(f"eta {_duration(seconds * steps_left)}")
@@ -322,11 +360,17 @@ def _duration(seconds: float) -> str:
 def _bar() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    return Progress(MofNCompleteColumn(), BarColumn(20), TextColumn("{task.fields[status]}"), refresh_per_second=4)
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TextColumn("{task.fields[status]}"),
+        refresh_per_second=4,
+    )
 
 
 def _open_rows(path: Path, start_step: int) -> TextIO:
-    """Opens `metrics.jsonl` to append, without the rows after `start_step` and without a line cut short by a kill."""
+    """Opens `metrics.jsonl` to append, without the rows after `start_step` and without a line cut
+    short by a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         lines = path.read_text().splitlines()
@@ -359,7 +403,8 @@ def _tensorboard(directory: Path, start_step: int) -> SummaryWriter:
 
 
 def _peak_bytes() -> int | None:
-    """The most memory that any device of this process has used, in bytes; None where it isn't counted, as on CPUs."""
+    """The most memory that any device of this process has used, in bytes; None where it isn't
+    counted, as on CPUs."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
     return max(peaks, default=None)

@@ -1,9 +1,10 @@
 """Llama 2 and 3 in Flax NNX.
 
-Modules are pytrees that hold parameters; jax transforms them. Layers are stacked: every parameter of `Block` has a
-leading dimension L, and `lax.scan` walks along it.
+Modules are pytrees that hold parameters; jax transforms them. Layers are stacked: every parameter
+of `Block` has a leading dimension L, and `lax.scan` walks along it.
 
-Shapes: B batch, S sequence, D model dim, L layers, H query heads, G key-value heads, K head dim, F ffn, V vocabulary.
+Shapes: B batch, S sequence, D model dim, L layers, H query heads, G key-value heads, K head dim, F
+ffn, V vocabulary.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from jax.sharding import reshard
 
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
-from jaxpar.matmul import einsum
+from jaxpar.kernels.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.parallel.context import all_gather_tokens
 from jaxpar.sharding import Rules, all_manual
@@ -27,7 +28,8 @@ from jaxpar.sharding import Rules, all_manual
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What every module needs besides its parameters; static, so equal layouts share one compiled program."""
+    """What every module needs besides its parameters; static, so equal layouts share one compiled
+    program."""
 
     rules: Rules
     dtype: jnp.dtype
@@ -37,18 +39,27 @@ class Layout:
     attention: Options
 
     def enter(self, x_BSD: jax.Array) -> jax.Array:
-        """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one sum over it."""
+        """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one
+        sum over it."""
         if all_manual():
             return vocabulary.gather_tokens(x_BSD) if self.shards_sequence else x_BSD
         return reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
 
     def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed once."""
+        """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed
+        once."""
         if all_manual():
             partial = einsum(subscripts, x, weight)
-            return vocabulary.scatter_tokens(partial) if self.shards_sequence else vocabulary.sum_tokens(partial)
+            return (
+                vocabulary.scatter_tokens(partial)
+                if self.shards_sequence
+                else vocabulary.sum_tokens(partial)
+            )
         partial = einsum(
-            subscripts, x, weight, out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"})
+            subscripts,
+            x,
+            weight,
+            out_sharding=self.rules.spec("batch", "seq", "embed", unreduced={"tensor"}),
         )
         return reshard(partial, self.residual)
 
@@ -67,7 +78,8 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Draws parameters: shape, dimension names and spread of a weight in one place, the same on every mesh."""
+    """Draws parameters: shape, dimension names and spread of a weight in one place, the same on
+    every mesh."""
 
     config: ModelConfig
     layout: Layout
@@ -83,11 +95,15 @@ class Initializer:
 
     def normal(self, shape: tuple[int, ...], *dims: str, scale: float = 1.0) -> nnx.Param:
         """Normal with standard deviation `scale * config.init_std`."""
-        draw = jax.random.normal(self.rngs.params(), self.stack + shape, jnp.float32, out_sharding=self.spec(dims))
+        draw = jax.random.normal(
+            self.rngs.params(), self.stack + shape, jnp.float32, out_sharding=self.spec(dims)
+        )
         return nnx.Param((draw * (scale * self.config.init_std)).astype(self.layout.stored_dtype))
 
     def ones(self, size: int, dim: str) -> nnx.Param:
-        return nnx.Param(jnp.ones((*self.stack, size), self.layout.stored_dtype, out_sharding=self.spec((dim,))))
+        return nnx.Param(
+            jnp.ones((*self.stack, size), self.layout.stored_dtype, out_sharding=self.spec((dim,)))
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -99,9 +115,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         x32 = x_BSD.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps)
-        # A contraction, not a product: only this lets the gradient of the scale stay a partial sum over the tokens.
-        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...].astype(jnp.float32)).astype(x_BSD.dtype)
+        inverse = jax.lax.rsqrt(
+            jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps
+        )
+        # A contraction, not a product: only this lets the gradient of the scale stay a partial sum
+        # over the tokens.
+        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...].astype(jnp.float32)).astype(
+            x_BSD.dtype
+        )
 
 
 class Attention(nnx.Module):
@@ -111,9 +132,15 @@ class Attention(nnx.Module):
         c = new.config
         self.query = new.normal((c.dim, c.heads, c.head_dim), "embed_fsdp", "heads", "head_dim")
         self.key = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
-        self.value = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
+        self.value = new.normal(
+            (c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim"
+        )
         self.out = new.normal(
-            (c.dim, c.heads, c.head_dim), "embed_fsdp", "heads", "head_dim", scale=1 / math.sqrt(2 * c.layers)
+            (c.dim, c.heads, c.head_dim),
+            "embed_fsdp",
+            "heads",
+            "head_dim",
+            scale=1 / math.sqrt(2 * c.layers),
         )
         self.layout = new.layout
 
@@ -122,13 +149,19 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, "KVCache | None"]:
         layout = self.layout
         x_BSD = keep(layout.enter(x_BSD), "attention_input")
-        q_BSHK = keep(context.rotate(einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query")
-        k_BSGK = keep(context.rotate(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key")
+        q_BSHK = keep(
+            context.rotate(einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query"
+        )
+        k_BSGK = keep(
+            context.rotate(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key"
+        )
         v_BSGK = keep(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)
             k_BSGK, v_BSGK = cache
-        o_BSHK = attend(q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.attention)
+        o_BSHK = attend(
+            q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.attention
+        )
         out_BSD = layout.leave("BSHK,DHK->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
@@ -140,7 +173,9 @@ class MLP(nnx.Module):
         c = new.config
         self.gate = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
         self.up = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
-        self.down = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn", scale=1 / math.sqrt(2 * c.layers))
+        self.down = new.normal(
+            (c.dim, c.ffn_dim), "embed_fsdp", "ffn", scale=1 / math.sqrt(2 * c.layers)
+        )
         self.layout = new.layout
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -180,11 +215,17 @@ class Llama(nnx.Module):
             attention=Options.make(config),
         )
         new = Initializer(config.model, layout, rngs)
-        self.embedding = new.normal((config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp")
+        self.embedding = new.normal(
+            (config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp"
+        )
         self.layers = Block(new.stacked())
         self.norm = RMSNorm(new)
         tied = config.model.tie_embeddings
-        self.head = None if tied else new.normal((config.model.dim, config.model.vocab_size), "embed_fsdp", "vocab")
+        self.head = (
+            None
+            if tied
+            else new.normal((config.model.dim, config.model.vocab_size), "embed_fsdp", "vocab")
+        )
         self.config = config.model
         self.layout = layout
         self.memory = config.memory
@@ -201,7 +242,8 @@ class Llama(nnx.Module):
           cache: keys and values of earlier tokens, for generation.
 
         Returns:
-          [B, S, D] in the compute dtype, normalised, laid out as the residual; and the extended cache.
+          [B, S, D] in the compute dtype, normalised, laid out as the residual; and the extended
+          cache.
         """
         if cache is not None:
             cache = cache.extend_info(queries)
@@ -213,7 +255,9 @@ class Llama(nnx.Module):
 
         x_BSD = self.embed(tokens_BS)
         policy = remat_policy(self.memory)
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with its replay
+        step = jax.checkpoint(
+            step, policy=policy, prevent_cse=False
+        )  # a scan's body cannot be merged with its replay
         x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv), unroll=self.unroll)
         if cache is not None:
             cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
@@ -239,9 +283,11 @@ class Llama(nnx.Module):
 
 
 def remat_policy(memory: MemoryConfig) -> Callable[..., Any]:
-    """What `jax.checkpoint` does with each named activation: keep it, move it to pinned host memory, or recompute it.
+    """What `jax.checkpoint` does with each named activation: keep it, move it to pinned host
+    memory, or recompute it.
 
-    Offloaded activations travel asynchronously: out while the forward pass goes on, back ahead of their use.
+    Offloaded activations travel asynchronously: out while the forward pass goes on, back ahead of
+    their use.
     """
     policies = jax.checkpoint_policies
     if not memory.offloaded:
@@ -259,8 +305,8 @@ def remat_policy(memory: MemoryConfig) -> Callable[..., Any]:
 class Context:
     """What is the same in every layer of one forward pass.
 
-    `keys` is whole along the sequence; `angles` are cosines and sines [B, S, K/2] in float32; `start` is the place in
-    the cache of the first query, 0 without one.
+    `keys` is whole along the sequence; `angles` are cosines and sines [B, S, K/2] in float32;
+    `start` is the place in the cache of the first query, 0 without one.
     """
 
     queries: TokenInfo
@@ -269,7 +315,8 @@ class Context:
     start: jax.Array
 
     def rotate(self, x_BSHK: jax.Array) -> jax.Array:
-        """Rotary position embedding (Su et al., 2021), pairs (i, i + K/2) as in Hugging Face checkpoints."""
+        """Rotary position embedding (Su et al., 2021), pairs (i, i + K/2) as in Hugging Face
+        checkpoints."""
         cos, sin = (angle[:, :, None, :] for angle in self.angles)
         first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
         rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -277,7 +324,8 @@ class Context:
 
 
 def rope_angles(positions_BS: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles, float32 [B, S, K/2] each, sharded as the positions are."""
+    """Cosines and sines of the rotary angles, float32 [B, S, K/2] each, sharded as the positions
+    are."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = scale_frequencies(config.rope_theta**-exponents, config.rope_scaling)
     angles = positions_BS[:, :, None].astype(jnp.float32) * frequencies
@@ -285,8 +333,8 @@ def rope_angles(positions_BS: jax.Array, config: ModelConfig) -> tuple[jax.Array
 
 
 def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones kept, those between
-    interpolated."""
+    """Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones
+    kept, those between interpolated."""
     if scaling.factor == 1:
         return frequencies
     turns = scaling.original_sequence_length * frequencies / (2 * math.pi)
@@ -296,7 +344,8 @@ def scale_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array
 
 
 class KVCache(NamedTuple):
-    """Keys and values so far, [B, T, G, K] each (stacked: [L, B, T, G, K]), sharded (batch, -, kv_heads)."""
+    """Keys and values so far, [B, T, G, K] each (stacked: [L, B, T, G, K]), sharded (batch, -,
+    kv_heads)."""
 
     k: jax.Array
     v: jax.Array
@@ -310,8 +359,8 @@ class KVCache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, where their tokens stand ([B, T]; segment 0 is an empty place), and how many
-    places are taken."""
+    """Keys and values of every layer, where their tokens stand ([B, T]; segment 0 is an empty
+    place), and how many places are taken."""
 
     kv: KVCache
     info: TokenInfo
@@ -325,11 +374,16 @@ class Cache:
         shape = (config.layers, batch, size, config.kv_heads, config.head_dim)
         k, v = (jnp.zeros(shape, model.layout.dtype, out_sharding=spec) for _ in range(2))
         info = TokenInfo(
-            *(jnp.zeros((batch, size), jnp.int32, out_sharding=rules.spec("batch", "seq")) for _ in range(2))
+            *(
+                jnp.zeros((batch, size), jnp.int32, out_sharding=rules.spec("batch", "seq"))
+                for _ in range(2)
+            )
         )
         return cls(KVCache(k, v), info, jnp.zeros((), jnp.int32))
 
     def extend_info(self, queries: TokenInfo) -> "Cache":
         put = jax.lax.dynamic_update_slice_in_dim
-        info = (put(old, new, self.length, axis=1) for old, new in zip(self.info, queries, strict=True))
+        info = (
+            put(old, new, self.length, axis=1) for old, new in zip(self.info, queries, strict=True)
+        )
         return dataclasses.replace(self, info=TokenInfo(*info))

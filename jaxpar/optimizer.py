@@ -1,4 +1,5 @@
-"""Optimizers and learning-rate schedules, all from optax. `step.py` clips, because it has the norm."""
+"""Optimizers and learning-rate schedules, all from optax. `step.py` clips, because it has the
+norm."""
 
 from typing import Any
 
@@ -13,9 +14,9 @@ from jaxpar.tree import leaf_name
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of updates made so far.
 
-    Linear warmup over `warmup_steps` updates (at most `steps`; the first is not zero), then the decay: `cosine` and
-    `linear` reach `min_learning_rate` after `steps` updates, `wsd` stays and falls linearly over the last
-    `decay_fraction` of the steps, `constant` stays.
+    Linear warmup over `warmup_steps` updates (at most `steps`; the first is not zero), then the
+    decay: `cosine` and `linear` reach `min_learning_rate` after `steps` updates, `wsd` stays and
+    falls linearly over the last `decay_fraction` of the steps, `constant` stays.
     """
     peak, low = config.learning_rate, config.min_learning_rate
     warmup = min(config.warmup_steps, steps)
@@ -36,8 +37,11 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: Any) -> Any:
-    """True for every leaf but the norm scales: what weight decay acts on. Stacked scales are 2-D, so names decide."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not leaf_name(path).endswith("scale"), params)
+    """True for every leaf but the norm scales: what weight decay acts on. Stacked scales are 2-D,
+    so names decide."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not leaf_name(path).endswith("scale"), params
+    )
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -52,11 +56,17 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if o.name == "sgd":
         return optax.chain(optax.add_decayed_weights(**decay), optax.sgd(rate, momentum=o.beta1))
     if o.name == "adafactor":
-        one = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0))
+        one = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
+        )
         # Each layer by itself: else statistics and clipping would mix layers where there are many.
         stack = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
         direction = optax.partition({"one": one, "stack": stack}, _one_or_stack)
-        return _auto(optax.chain(direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)))
+        return _auto(
+            optax.chain(
+                direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
+            )
+        )
     direction = contrib.muon(
         -1.0,  # the direction itself: its weight decay would not spare the norm scales
         beta=o.beta1,
@@ -65,17 +75,22 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         adam_b2=o.beta2,
         muon_weight_dimension_numbers=_muon_dimensions,
     )
-    return _auto(optax.chain(direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)))
+    return _auto(
+        optax.chain(
+            direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
+        )
+    )
 
 
 def to_host(state: optax.OptState, config: Config) -> optax.OptState:
-    """The optimizer state where it waits between updates: with `memory.offload=optimizer` in pinned host memory,
-    sharded as it was on the devices. Counters stay."""
+    """The optimizer state where it waits between updates: with `memory.offload=optimizer` in pinned
+    host memory, sharded as it was on the devices. Counters stay."""
     return _move(state, jax.memory.Space.Host) if config.memory.offload_optimizer else state
 
 
 def to_device(state: optax.OptState, config: Config) -> optax.OptState:
-    """The optimizer state where the update needs it; undoes `to_host`. Copies the bytes of the device's own shards."""
+    """The optimizer state where the update needs it; undoes `to_host`. Copies the bytes of the
+    device's own shards."""
     return _move(state, jax.memory.Space.Device) if config.memory.offload_optimizer else state
 
 
@@ -91,7 +106,8 @@ def _one_or_stack(params: Any) -> Any:
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head and norms."""
+    """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head
+    and norms."""
     inward, outward = ((1,), (2,)), ((2,), (1,))  # dimension 0 is the layer
     to_heads, from_heads = ((1,), (2, 3)), ((2, 3), (1,))
     rows_columns = {
@@ -112,7 +128,8 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def _auto(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets the compiler place the update: it mixes whole matrices, for which no sharding is the natural one."""
+    """Lets the compiler place the update: it mixes whole matrices, for which no sharding is the
+    natural one."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))

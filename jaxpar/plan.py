@@ -1,9 +1,11 @@
 """Rank meshes for a config without a device: which fit, how fast they will be, and why.
 
-  python -m jaxpar.plan --config=configs/llama3_70b.py --hardware=h100 --devices=64 [--verify_top=3] [--json=FILE]
+  python -m jaxpar.plan --config=configs/llama3_70b.py --hardware=h100 --devices=64 [--verify_top=3]
+  [--json=FILE]
 
-Tries every mesh with every number of microbatches, remat policy, way to gather weights, and pipeline schedule, predicts
-memory and time of each by arithmetic, and ranks by tokens/s. Sizes given as --mesh.AXIS=N are kept.
+Tries every mesh with every number of microbatches, remat policy, way to gather weights, and
+pipeline schedule, predicts memory and time of each by arithmetic, and ranks by tokens/s. Sizes
+given as --mesh.AXIS=N are kept.
 """
 
 import dataclasses
@@ -14,36 +16,45 @@ from pathlib import Path
 from typing import Any
 
 from jaxpar import cli
-from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.counts import step_flops
-from jaxpar.hardware import NAMES, Hardware, find
-from jaxpar.memory import RESERVE
-from jaxpar.page import plan_page
-from jaxpar.ranking import Candidate, best_of_each_mesh, fewest_that_fit, illegal, rank
-from jaxpar.timetable import picture
-from jaxpar.timing import bubble_fraction, members_near
-from jaxpar.traffic import by_axes, transfers
+from jaxpar.estimate.counts import step_flops
+from jaxpar.estimate.hardware import NAMES, Hardware, find
+from jaxpar.estimate.memory import RESERVE
+from jaxpar.estimate.ranking import Candidate, best_of_each_mesh, fewest_that_fit, illegal, rank
+from jaxpar.estimate.timing import bubble_fraction, members_near
+from jaxpar.estimate.traffic import by_axes, transfers
+from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar.report.gantt import picture
+from jaxpar.report.page import plan_page
 from jaxpar.validation import validate_mesh
 
 
 def reason(candidate: Candidate, best: Candidate, hardware: Hardware) -> str:
-    """One line: why it does not fit; else what the best one gains, or what this one loses against the best."""
+    """One line: why it does not fit; else what the best one gains, or what this one loses against
+    the best."""
     peak, time = candidate.peak, candidate.time
     if not candidate.fits:
         parts = sorted(vars(peak).items(), key=lambda item: -item[1])
         largest = " and ".join(f"{name} {gib(size)}" for name, size in parts[:2])
         return f"needs {gib(peak.total)} of {gib(hardware.memory_bytes - RESERVE)} GiB: {largest}{_whole(candidate)}"
     losses = {
-        f"waits for {_across(axes, candidate, hardware)}": seconds - best.time.exposed.get(axes, 0.0)
+        f"waits for {_across(axes, candidate, hardware)}": seconds
+        - best.time.exposed.get(axes, 0.0)
         for axes, seconds in time.exposed.items()
     }
-    again = candidate.config.memory.remat != best.config.memory.remat or candidate.mesh.pipeline != best.mesh.pipeline
-    losses["multiplies again or narrower" if again else "multiplies narrower matrices"] = time.matmul - best.time.matmul
+    again = (
+        candidate.config.memory.remat != best.config.memory.remat
+        or candidate.mesh.pipeline != best.mesh.pipeline
+    )
+    losses["multiplies again or narrower" if again else "multiplies narrower matrices"] = (
+        time.matmul - best.time.matmul
+    )
     losses["computes attention again"] = time.attention - best.time.attention
     losses["moves more memory"] = time.memory - best.time.memory
     losses["stages idle"] = time.bubble - best.time.bubble
-    worst = sorted(((s, name) for name, s in losses.items() if s > 0.002 * best.seconds), reverse=True)[:2]
+    worst = sorted(
+        ((s, name) for name, s in losses.items() if s > 0.002 * best.seconds), reverse=True
+    )[:2]
     if worst:
         share = candidate.seconds / best.seconds - 1
         return f"{share:.1%} slower: " + ", ".join(f"{name} (+{duration(s)})" for s, name in worst)
@@ -54,7 +65,9 @@ def reason(candidate: Candidate, best: Candidate, hardware: Hardware) -> str:
         told += f"; {duration(covered)} of {' and '.join(time.hidden)} traffic run beside it"
     if waits > 0.001 * time.total:
         most = sorted(time.exposed, key=lambda axes: -time.exposed[axes])[:2]
-        told += f"; {duration(waits)} of traffic are waited for, most of it over {' and '.join(most)}"
+        told += (
+            f"; {duration(waits)} of traffic are waited for, most of it over {' and '.join(most)}"
+        )
     if time.bubble:
         told += f"; stages idle for {duration(time.bubble)}"
     return f"{told}; {gib(hardware.memory_bytes - RESERVE - peak.total)} GiB to spare"
@@ -70,7 +83,11 @@ def _across(axes: str, candidate: Candidate, hardware: Hardware) -> str:
 def _whole(candidate: Candidate) -> str:
     """Over which axes the state is held several times."""
     mesh, zero = candidate.mesh, candidate.config.parallel.optimizer_sharding == "data"
-    axes = [axis for axis in ("data", "sequence") if getattr(mesh, axis) > 1 and not (axis == "data" and zero)]
+    axes = [
+        axis
+        for axis in ("data", "sequence")
+        if getattr(mesh, axis) > 1 and not (axis == "data" and zero)
+    ]
     return f"; nothing of them is shared out over {' and '.join(axes)}" if axes else ""
 
 
@@ -100,7 +117,9 @@ def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[s
         "time": {**dataclasses.asdict(time), "compute": time.compute},
         "tokens_per_second": step_flops(config).tokens / time.total,
         "mfu": candidate.mfu(hardware),
-        "bubble_fraction": bubble_fraction(config.train.microbatches, candidate.mesh.pipeline, candidate.chunks),
+        "bubble_fraction": bubble_fraction(
+            config.train.microbatches, candidate.mesh.pipeline, candidate.chunks
+        ),
         "communication": by_axes(found),
         "reason": reason(candidate, best, hardware),
         "flags": candidate.flags(),
@@ -110,15 +129,22 @@ def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[s
 
 def _memory(parts: Mapping[str, int], total: int) -> dict[str, int]:
     names = {"parameters": "params", "vocabulary": "logits"}
-    return {names.get(name, name): size for name, size in parts.items()} | {"reserve": RESERVE, "total": total}
+    return {names.get(name, name): size for name, size in parts.items()} | {
+        "reserve": RESERVE,
+        "total": total,
+    }
 
 
-def verify(rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Hardware, timeout: float) -> None:
+def verify(
+    rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Hardware, timeout: float
+) -> None:
     """Compiles candidates and puts compiled peaks and bytes in the place of predicted ones."""
     target = Target(hardware, hardware.topology(candidates[0].mesh.devices))
     for row, candidate in zip(rows, candidates, strict=False):
         try:
-            report = compile_report(candidate.config, dataclasses.asdict(candidate.mesh), target, timeout)
+            report = compile_report(
+                candidate.config, dataclasses.asdict(candidate.mesh), target, timeout
+            )
         except CompileFailed as error:
             row["reason"] = f"could not be compiled: {error}"
             continue
@@ -133,15 +159,25 @@ def verify(rows: list[dict[str, Any]], candidates: list[Candidate], hardware: Ha
 
 
 def print_table(report: dict[str, Any], top: int) -> None:
-    """The best, and the smallest of those that do not fit: figures, and beside them the mesh, its settings, and why."""
+    """The best, and the smallest of those that do not fit: figures, and beside them the mesh, its
+    settings, and why."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
 
     rows, console = report["candidates"], Console(highlight=False)
     fitting = [row for row in rows if row["fits"]]
-    numbers = (Column(name, justify="right", no_wrap=True) for name in ("peak\nGiB", "step", "tokens/s\na GPU", "MFU"))
-    table = Table(*numbers, Column("mesh, settings, why", ratio=1), box=None, padding=(0, 2, 1, 0), pad_edge=False)
+    numbers = (
+        Column(name, justify="right", no_wrap=True)
+        for name in ("peak\nGiB", "step", "tokens/s\na GPU", "MFU")
+    )
+    table = Table(
+        *numbers,
+        Column("mesh, settings, why", ratio=1),
+        box=None,
+        padding=(0, 2, 1, 0),
+        pad_edge=False,
+    )
     for row in fitting[:top] + [row for row in rows if not row["fits"]][: 3 if fitting else top]:
         peak = gib(row["memory"]["total"]) + ("\ncompiled" if row["verified"] else "")
         table.add_row(
@@ -166,7 +202,10 @@ def _settings(row: Mapping[str, Any]) -> str:
         f"remat {row['remat']}": True,
         f"weights gathered {row['gather'].replace('_', ' ')}": row["mesh"]["fsdp"] > 1,
         "ZeRO-1": row["mesh"]["data"] > 1 and row["optimizer_sharding"] == "data",
-        f"{row['schedule']}, {chunks} chunk{'s' if chunks > 1 else ''} a stage": row["mesh"]["pipeline"] > 1,
+        f"{row['schedule']}, {chunks} chunk{'s' if chunks > 1 else ''} a stage": row["mesh"][
+            "pipeline"
+        ]
+        > 1,
     }
     return ", ".join(text for text, here in told.items() if here)
 
@@ -177,19 +216,26 @@ def draw(config: Config, stages: int) -> str:
     return picture(parallel.schedule, stages, config.train.microbatches, parallel.chunks)
 
 
-def best_pipeline(config: Config, mesh: Mapping[str, int | None], ranked: list[Candidate]) -> tuple[str, str]:
-    """What to draw, in words and as SVG: the pipeline of the config's own settings where the mesh is given with one,
-    else of the best candidate that has one; "" and "" where none has.
+def best_pipeline(
+    config: Config, mesh: Mapping[str, int | None], ranked: list[Candidate]
+) -> tuple[str, str]:
+    """What to draw, in words and as SVG: the pipeline of the config's own settings where the mesh
+    is given with one, else of the best candidate that has one; "" and "" where none has.
 
     Raises:
       ConfigError: the settings and the given mesh do not go together.
     """
     if (stages := mesh.get("pipeline") or 1) > 1:
         validate_mesh(config, MeshConfig(pipeline=stages))
-        return f"the config's own pipeline={stages} with {config.train.microbatches} microbatches", draw(config, stages)
+        return (
+            f"the config's own pipeline={stages} with {config.train.microbatches} microbatches",
+            draw(config, stages),
+        )
     for place, found in enumerate(ranked, 1):
         if found.mesh.pipeline > 1:
-            return f"the best pipelined mesh, number {place}: {found.mesh}", draw(found.config, found.mesh.pipeline)
+            return f"the best pipelined mesh, number {place}: {found.mesh}", draw(
+                found.config, found.mesh.pipeline
+            )
     return "", ""
 
 
@@ -201,21 +247,34 @@ def print_verdict(report: Mapping[str, Any], config: Config, hardware: Hardware)
         return
     print("no mesh fits: use more devices, a smaller batch or shorter sequences")
     if enough := fewest_that_fit(config, hardware, report["devices"]):
-        print(f"--devices={enough.mesh.devices} is enough, with {enough.mesh} ({gib(enough.peak.total)} GiB)")
+        print(
+            f"--devices={enough.mesh.devices} is enough, with {enough.mesh} "
+            f"({gib(enough.peak.total)} GiB)"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     request = cli.parse(
         argv,
         __doc__ or "",
-        hardware=cli.Option(None, f"{', '.join(NAMES)}, or a TOML file (see jaxpar/hardware.py)", required=True),
+        hardware=cli.Option(
+            None,
+            f"{', '.join(NAMES)}, or a TOML file (see jaxpar/estimate/hardware.py)",
+            required=True,
+        ),
         devices=cli.Option(0, "how many GPUs", required=True),
         top=cli.Option(8, "meshes to show"),
-        verify_top=cli.Option(0, "compile so many of the best, and show compiled memory in place of predictions"),
+        verify_top=cli.Option(
+            0, "compile so many of the best, and show compiled memory in place of predictions"
+        ),
         timeout=cli.Option(600.0, "seconds that one compilation may take"),
-        json=cli.Option(None, "write all meshes as JSON to this file; - is standard output, and nothing else"),
+        json=cli.Option(
+            None, "write all meshes as JSON to this file; - is standard output, and nothing else"
+        ),
         html=cli.Option(None, "write a page to this file"),
-        timetable=cli.Option(None, "draw the pipeline of --mesh.pipeline, or of the best mesh with one, as SVG"),
+        timetable=cli.Option(
+            None, "draw the pipeline of --mesh.pipeline, or of the best mesh with one, as SVG"
+        ),
     )
     options, config = request.options, request.config
     if options["devices"] < 1:
@@ -229,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     ranked = best_of_each_mesh(rank(config, hardware, options["devices"], request.mesh))
     pipelined, drawing = best_pipeline(config, request.mesh, ranked)
     if options["timetable"] and not drawing:
-        raise ConfigError(f"--timetable={options['timetable']}: no legal mesh of these devices has a pipeline")
+        raise ConfigError(
+            f"--timetable={options['timetable']}: no legal mesh of these devices has a pipeline"
+        )
     rows = [as_json(candidate, ranked[0], hardware) for candidate in ranked]
     if options["verify_top"]:
         verify(rows[: options["verify_top"]], ranked, hardware, options["timeout"])

@@ -1,7 +1,9 @@
-"""Tokenizes a corpus into shards under --workdir, once and in parallel; then train from them with data.source=WORKDIR.
+"""Tokenizes a corpus into shards under --workdir, once and in parallel; then train from them with
+data.source=WORKDIR.
 
-Interrupt it freely: the same command goes on after the last finished shard. The shards don't depend on the number of
-workers, and a run that trains from them sees the tokens it would see from the text itself.
+Interrupt it freely: the same command goes on after the last finished shard. The shards don't depend
+on the number of workers, and a run that trains from them sees the tokens it would see from the text
+itself.
 """
 
 import contextlib
@@ -24,23 +26,33 @@ from typing import Any
 import numpy as np
 
 from jaxpar.config import Config, ConfigError, DataConfig
-from jaxpar.data import fitting_tokenizer, held_out, in_order, tail, validation_files
-from jaxpar.shards import MANIFEST, read_manifest
-from jaxpar.sources import Source, batched, documents, find_source
-from jaxpar.tokenizer import Tokenizer, encode_documents, fingerprint, load_tokenizer, token_dtype
+from jaxpar.data.corpus import fitting_tokenizer, held_out, in_order, tail, validation_files
+from jaxpar.data.shards import MANIFEST, read_manifest
+from jaxpar.data.sources import Source, batched, documents, find_source
+from jaxpar.data.tokenizer import (
+    Tokenizer,
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    token_dtype,
+)
 
 Shard = dict[str, Any]
-"""What the manifest says of a shard: file, split, group, documents, characters, tokens, max_id, sha256."""
+"""What the manifest says of a shard: file, split, group, documents, characters, tokens, max_id,
+sha256."""
 
 SHARD_CHARACTERS = 1 << 25
-"""Text of a shard: the unit of parallel work and of what an interruption can lose; about 8 million GPT-2 tokens."""
+"""Text of a shard: the unit of parallel work and of what an interruption can lose; about 8 million
+GPT-2 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Consecutive documents, which become one training shard and, where some are held out, one validation shard.
+    """Consecutive documents, which become one training shard and, where some are held out, one
+    validation shard.
 
-    `held` marks them, bool [documents]. `tail_share` above 0 holds out the end of the last, where a corpus has few.
+    `held` marks them, bool [documents]. `tail_share` above 0 holds out the end of the last, where a
+    corpus has few.
     """
 
     index: int
@@ -50,9 +62,14 @@ class Group:
 
 
 def prepare(
-    config: Config, output: Path, *, workers: int | None = None, shard_characters: int = SHARD_CHARACTERS
+    config: Config,
+    output: Path,
+    *,
+    workers: int | None = None,
+    shard_characters: int = SHARD_CHARACTERS,
 ) -> dict[str, Any]:
-    """Writes `train_*.bin`, `validation_*.bin` and `manifest.json` to `output`, or what is still missing of them.
+    """Writes `train_*.bin`, `validation_*.bin` and `manifest.json` to `output`, or what is still
+    missing of them.
 
     Args:
       workers: processes, by default one a core; 1 works in this process.
@@ -61,7 +78,8 @@ def prepare(
       The manifest.
 
     Raises:
-      ConfigError: a wrong source or tokenizer, or an `output` made from another source or with other settings.
+      ConfigError: a wrong source or tokenizer, or an `output` made from another source or with
+        other settings.
     """
     data = config.data
     tokenizer, source, held = _open_text(config)
@@ -79,7 +97,9 @@ def prepare(
     groups = _groups(source, held, data, shard_characters)
     first = next(groups, None)
     if first is None:
-        raise ConfigError(f"data.source={data.source!r} has no text but white space; write text to it")
+        raise ConfigError(
+            f"data.source={data.source!r} has no text but white space; write text to it"
+        )
     output.mkdir(parents=True, exist_ok=True)
     manifest = {
         "tokenizer": data.tokenizer,
@@ -112,7 +132,10 @@ def write_group(group: Group, *, tokenizer_name: str, output: Path) -> list[Shar
     if group.tail_share:
         of_held[max(0, len(tokens) - tail(int(lengths[-1]), group.tail_share)) :] = True
     shards = []
-    for split, chosen, documents_of in (("train", ~of_held, ~group.held), ("validation", of_held, group.held)):
+    for split, chosen, documents_of in (
+        ("train", ~of_held, ~group.held),
+        ("validation", of_held, group.held),
+    ):
         part = tokens[chosen]
         if not len(part):
             continue
@@ -137,14 +160,21 @@ def main(argv: list[str] | None = None) -> int:
     from jaxpar import cli
 
     argv = sys.argv[1:] if argv is None else argv
-    request = cli.parse(argv, __doc__ or "", workers=cli.Option(0, "processes (default: one a core)"))
+    request = cli.parse(
+        argv, __doc__ or "", workers=cli.Option(0, "processes (default: one a core)")
+    )
     manifest = prepare(request.config, request.workdir, workers=request.options["workers"] or None)
     for split in ("train", "validation"):
         shards = [shard for shard in manifest["shards"] if shard["split"] == split]
-        print(f"{split:<10} {sum(shard['tokens'] for shard in shards):>15,} tokens in {len(shards)} shards")
+        print(
+            f"{split:<10} {sum(shard['tokens'] for shard in shards):>15,} tokens in {len(shards)} "
+            "shards"
+        )
     given = next((arg for arg in argv if arg.startswith("--config=")), "--config=FILE")
     tokenizer = f"--config.data.tokenizer={manifest['tokenizer']}"
-    print(f"next: python -m jaxpar.train {given} --config.data.source={request.workdir} {tokenizer}")
+    print(
+        f"next: python -m jaxpar.train {given} --config.data.source={request.workdir} {tokenizer}"
+    )
     return 0
 
 
@@ -156,15 +186,20 @@ def _open_text(config: Config) -> tuple[Tokenizer, Source, tuple[Path, ...]]:
     source = find_source(data.source)
     held = validation_files(data, source)
     if source.shards or any(file.suffix == ".bin" for file in held):
-        raise ConfigError(f"data.source={data.source!r}: token shards need no preparation; train from them as they are")
+        raise ConfigError(
+            f"data.source={data.source!r}: token shards need no preparation; train from them as "
+            "they are"
+        )
     return fitting_tokenizer(data, config.model.vocab_size), source, held
 
 
 # Groups.
 
 
-def _groups(source: Source, held: tuple[Path, ...], data: DataConfig, characters: int) -> Iterator[Group]:
-    """The corpus in order, split for validation as `open_data` splits text in memory."""
+def _groups(
+    source: Source, held: tuple[Path, ...], data: DataConfig, characters: int
+) -> Iterator[Group]:
+    """The corpus in order, split for validation as `open_corpus` splits text in memory."""
     fraction = 0.0 if held else data.validation_fraction
     seen, any_held, index = 0, False, 0
     texts_of = batched(documents(source.files, data.text_field), characters)
@@ -183,16 +218,22 @@ def _groups(source: Source, held: tuple[Path, ...], data: DataConfig, characters
 
 
 def _map(
-    write: Callable[[Group], list[Shard]], groups: Iterable[Group], workers: int | None, output: Path
+    write: Callable[[Group], list[Shard]],
+    groups: Iterable[Group],
+    workers: int | None,
+    output: Path,
 ) -> Generator[list[Shard], None, None]:
-    """`write` of each group, in order. Groups reach their worker in files: a pipe that holds megabytes of text would
-    block this process for ever when the worker dies before it has read them."""
+    """`write` of each group, in order. Groups reach their worker in files: a pipe that holds
+    megabytes of text would block this process for ever when the worker dies before it has read
+    them."""
     if workers == 1:
         yield from map(write, groups)
         return
     workers = workers or os.cpu_count() or 1
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
         files = (_spool(group, output) for group in groups)
         yield from in_order(pool, functools.partial(_write_spooled, write), files, ahead=workers)
@@ -218,7 +259,8 @@ def _write_spooled(write: Callable[[Group], list[Shard]], path: Path) -> list[Sh
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, which ends its workers quietly, and ends the worker when the parent is killed."""
+    """Leaves Ctrl-C to the parent, which ends its workers quietly, and ends the worker when the
+    parent is killed."""
 
     def exit_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -242,11 +284,13 @@ def _identity(file: Path) -> list[str | int]:
 
 
 def _resume(output: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an earlier run with the same request, with the shards that are really there; or an empty one."""
+    """The manifest of an earlier run with the same request, with the shards that are really there;
+    or an empty one."""
     if not (output / MANIFEST).exists():
         if output.is_dir() and any(output.glob("*.bin")):
             raise ConfigError(
-                f"--workdir={output} holds token shards that jaxpar.prepare did not make; use a new folder"
+                f"--workdir={output} holds token shards that jaxpar.prepare did not make; use a "
+                "new folder"
             )
         return {}
     manifest = read_manifest(output)
@@ -254,12 +298,17 @@ def _resume(output: Path, request: dict[str, Any]) -> dict[str, Any]:
     changed = [name for name, value in request.items() if before.get(name) != value]
     if changed:
         raise ConfigError(
-            f"--workdir={output} was prepared otherwise ({', '.join(changed)} changed since); use a new folder, or "
+            f"--workdir={output} was prepared otherwise ({', '.join(changed)} changed since); use "
+            "a new folder, or "
             "delete this one"
         )
     shards = manifest["shards"]
     size = np.dtype(manifest["dtype"]).itemsize
-    lost = {shard["group"] for shard in shards if _size(output / shard["file"]) != shard["tokens"] * size}
+    lost = {
+        shard["group"]
+        for shard in shards
+        if _size(output / shard["file"]) != shard["tokens"] * size
+    }
     kept = [shard for shard in shards if shard["group"] not in lost]
     return manifest | {"shards": kept, "complete": manifest["complete"] and not lost}
 
@@ -289,24 +338,36 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _progress(files: tuple[Path, ...], shards: list[Shard]) -> Iterator[Callable[[list[Shard]], None]]:
-    """Reports finished shards: a bar on a terminal, a line each elsewhere. `shards`: those of an earlier run."""
+def _progress(
+    files: tuple[Path, ...], shards: list[Shard]
+) -> Iterator[Callable[[list[Shard]], None]]:
+    """Reports finished shards: a bar on a terminal, a line each elsewhere. `shards`: those of an
+    earlier run."""
     if not sys.stderr.isatty():
-        yield lambda more: print(*(f"{s['file']}: {s['tokens']:,} tokens" for s in more), sep="\n", flush=True)
+        yield lambda more: print(
+            *(f"{s['file']}: {s['tokens']:,} tokens" for s in more), sep="\n", flush=True
+        )
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    # Bytes stand for characters, close enough for a bar; a Parquet file is compressed and tells nothing.
+    # Bytes stand for characters, close enough for a bar; a Parquet file is compressed and tells
+    # nothing.
     known = all(file.suffix != ".parquet" for file in files)
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("tokenizing", total=sum(file.stat().st_size for file in files) if known else None)
+        task = bar.add_task(
+            "tokenizing", total=sum(file.stat().st_size for file in files) if known else None
+        )
         tokens = 0
 
         def report(more: list[Shard]) -> None:
             nonlocal tokens
             tokens += sum(shard["tokens"] for shard in more)
-            bar.update(task, advance=sum(s["characters"] for s in more), description=f"{tokens / 1e6:,.1f}M tokens")
+            bar.update(
+                task,
+                advance=sum(s["characters"] for s in more),
+                description=f"{tokens / 1e6:,.1f}M tokens",
+            )
 
         report(shards)
         yield report

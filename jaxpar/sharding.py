@@ -1,8 +1,8 @@
 """The mesh, and the one table that says which tensor dimension lies on which mesh axis.
 
-All six axes are always there (size 1 is allowed) and all are `AxisType.Explicit`: the type of every array carries its
-sharding, so `jax.typeof(x)` prints `bfloat16[8@data,4096@sequence,512@tensor]` and an ambiguous contraction is an
-error at trace time instead of a surprise all-gather.
+All six axes are always there (size 1 is allowed) and all are `AxisType.Explicit`: the type of every
+array carries its sharding, so `jax.typeof(x)` prints `bfloat16[8@data,4096@sequence,512@tensor]`
+and an ambiguous contraction is an error at trace time instead of a surprise all-gather.
 """
 
 import dataclasses
@@ -14,18 +14,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jaxpar.config import AXES, BATCH_AXES, MeshConfig, ParallelConfig, nearest
-from jaxpar.show import show_activations as show_activations
-from jaxpar.show import show_array as show_array
-from jaxpar.show import show_model as show_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Logical dimension -> mesh axes. Parameters and activations are laid out by the same table.
 
-    `embed` is the model dimension of an activation or of a gathered weight; `embed_fsdp` that of a stored weight.
-    `residual_seq` is the sequence dimension of the residual stream, `seq` that of everything between the
-    tensor-parallel matmuls.
+    `embed` is the model dimension of an activation or of a gathered weight; `embed_fsdp` that of a
+    stored weight. `residual_seq` is the sequence dimension of the residual stream, `seq` that of
+    everything between the tensor-parallel matmuls.
     """
 
     batch: tuple[str, ...] = BATCH_AXES
@@ -43,9 +40,12 @@ class Rules:
 
     @classmethod
     def make(cls, parallel: ParallelConfig) -> "Rules":
-        """The table for a run on the current mesh: without sequence parallelism the residual is replicated over
-        `tensor`; with ZeRO-1 what is stored is sharded over `data` too; stages share layers and vocabulary."""
-        staged = ("pipeline",) if jax.sharding.get_abstract_mesh().shape.get("pipeline", 1) > 1 else ()
+        """The table for a run on the current mesh: without sequence parallelism the residual is
+        replicated over `tensor`; with ZeRO-1 what is stored is sharded over `data` too; stages
+        share layers and vocabulary."""
+        staged = (
+            ("pipeline",) if jax.sharding.get_abstract_mesh().shape.get("pipeline", 1) > 1 else ()
+        )
         return cls(
             layers=staged,
             vocab=(*staged, "tensor"),
@@ -61,15 +61,17 @@ class Rules:
     def spec(
         self, *names: str | None, reduced: Iterable[str] = (), unreduced: Iterable[str] = ()
     ) -> jax.sharding.PartitionSpec:
-        """The `jax.P` of an array whose dimensions bear these names; None is a dimension that is never sharded.
+        """The `jax.P` of an array whose dimensions bear these names; None is a dimension that is
+        never sharded.
 
-        Axes that are manual where this is called (inside a `shard_map`) are left out, so the model's text is the same
-        inside and outside such a region; `reduced` and `unreduced` are left out there too, because XLA cannot
-        partition them in a partly manual region.
+        Axes that are manual where this is called (inside a `shard_map`) are left out, so the
+        model's text is the same inside and outside such a region; `reduced` and `unreduced` are
+        left out there too, because XLA cannot partition them in a partly manual region.
 
         Args:
           *names: one logical name per dimension.
-          reduced: axes over which the array is replicated and its cotangent will be an unreduced sum.
+          reduced: axes over which the array is replicated and its cotangent will be an unreduced
+            sum.
           unreduced: axes over which the array is a sum that is still to be taken.
 
         Raises:
@@ -81,11 +83,15 @@ class Rules:
         entries = []
         for name in names:
             if name is not None and name not in table:
-                raise ValueError(f"unknown dimension {name!r} in spec{names}.{nearest(name, table)}")
+                raise ValueError(
+                    f"unknown dimension {name!r} in spec{names}.{nearest(name, table)}"
+                )
             axes = table[name] if name is not None else ()
             for axis in axes:
                 if axis in owner:
-                    raise ValueError(f"spec{names}: {owner[axis]!r} and {name!r} both lie on mesh axis {axis!r}")
+                    raise ValueError(
+                        f"spec{names}: {owner[axis]!r} and {name!r} both lie on mesh axis {axis!r}"
+                    )
                 owner[axis] = str(name)
             left = tuple(axis for axis in axes if axis not in manual)
             entries.append(left if len(left) > 1 else (left[0] if left else None))
@@ -95,7 +101,8 @@ class Rules:
 
 
 def all_manual() -> bool:
-    """Whether this is called inside a full-manual region (that of the pipeline), on local blocks of arrays."""
+    """Whether this is called inside a full-manual region (that of the pipeline), on local blocks of
+    arrays."""
     return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
@@ -108,14 +115,15 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
 def arrange(mesh: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """Devices in the shape of the mesh, inner axes inside a host wherever the sizes allow it.
 
-    They are ordered by host and then by their number in it, so the innermost axes (`tensor`, `sequence`) get neighbours
-    with the fastest links.
+    They are ordered by host and then by their number in it, so the innermost axes (`tensor`,
+    `sequence`) get neighbours with the fastest links.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return np.array(ordered[: mesh.devices], dtype=object).reshape(mesh.shape)
 
 
 def axes_across_hosts(devices: np.ndarray) -> list[str]:
-    """The axes of an arrangement along which neighbours sit in different hosts, and so talk over the network."""
+    """The axes of an arrangement along which neighbours sit in different hosts, and so talk over
+    the network."""
     hosts = np.vectorize(lambda device: device.process_index, otypes=[int])(devices)
     return [axis for dim, axis in enumerate(AXES) if np.any(hosts != np.take(hosts, [0], axis=dim))]

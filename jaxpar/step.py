@@ -2,40 +2,32 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxpar import loss, stages
+from jaxpar import loss
+from jaxpar import program as stages
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
+from jaxpar.data.batches import Batch
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer, schedule, to_device, to_host
 from jaxpar.parallel import layers, reduce
-from jaxpar.sharding import Rules
 from jaxpar.tree import named_leaves
 
 # M microbatches, B sequences of one microbatch over all devices, S sequence.
 
 
-class Batch(Protocol):
-    """int32 [M, B, S] each, sharded `batch_spec`; `targets` is -1 where there is no loss, `segments` 0 in padding."""
-
-    tokens: jax.Array
-    targets: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches consumed, `skipped` those whose update was dropped because it was not finite. `loss_scale`
-    is 1 but for float16; `since_scaled` counts updates since it changed. `model` is a `Llama` (Any, because optax's
-    types do not know modules as pytrees)."""
+    """`step` counts batches consumed, `skipped` those whose update was dropped because it was not
+    finite. `loss_scale` is 1 but for float16; `since_scaled` counts updates since it changed.
+    `model` is a `Llama` (Any, because optax's types do not know modules as pytrees)."""
 
     step: jax.Array
     skipped: jax.Array
@@ -48,13 +40,9 @@ class TrainState:
 Metrics = dict[str, Any]
 
 
-def batch_spec(config: Config) -> jax.sharding.PartitionSpec:
-    """The sharding of the arrays of a batch, [M, B, S]."""
-    return Rules.make(config.parallel).spec("microbatch", "batch", "seq")
-
-
 def init_state(config: Config) -> TrainState:
-    """The state before the first step: a function of `config` alone, whatever the mesh. Run it under `jax.jit`."""
+    """The state before the first step: a function of `config` alone, whatever the mesh. Run it
+    under `jax.jit`."""
     model: Any = stages.to_stages(Llama(config, nnx.Rngs(params=config.train.seed)), config)
     zero = jnp.zeros((), jnp.int32)
     scale = jnp.float32(config.precision.loss_scale or 1)
@@ -62,12 +50,20 @@ def init_state(config: Config) -> TrainState:
     return TrainState(zero, zero, scale, zero, model, optimizer_state)
 
 
-def objective(model: Llama, batch: Batch, config: Config, scale: jax.Array) -> tuple[jax.Array, loss.LossSums]:
+def objective(
+    model: Llama, batch: Batch, config: Config, scale: jax.Array
+) -> tuple[jax.Array, loss.LossSums]:
     """`scale` times the objective of one microbatch [B, S], and its sums."""
     x_BSD, _ = model(batch.tokens, TokenInfo(batch.positions, batch.segments))
     layout, train = model.layout, config.train
     sums = loss.cross_entropy(
-        x_BSD, model.head_weight(), batch.targets, layout.rules, config.loss.chunk, train.z_loss, layout.sum_dtype
+        x_BSD,
+        model.head_weight(),
+        batch.targets,
+        layout.rules,
+        config.loss.chunk,
+        train.z_loss,
+        layout.sum_dtype,
     )
     return sums.objective * scale, sums
 
@@ -75,11 +71,13 @@ def objective(model: Llama, batch: Batch, config: Config, scale: jax.Array) -> t
 def loss_and_gradients(
     model: Llama, batch: Batch, config: Config, loss_scale: jax.Array | None = None
 ) -> tuple[loss.LossSums, Any]:
-    """Mean losses of a batch of M microbatches, and their gradient in the dtype and layout of the parameters.
+    """Mean losses of a batch of M microbatches, and their gradient in the dtype and layout of the
+    parameters.
 
-    Sums over valid tokens are divided once, by their number in the whole batch, so the result does not depend on how
-    the batch is cut into microbatches or spread over devices. With a `loss_scale` the gradients are computed scaled, so
-    that small ones survive in float16, and are divided by it at the end.
+    Sums over valid tokens are divided once, by their number in the whole batch, so the result does
+    not depend on how the batch is cut into microbatches or spread over devices. With a `loss_scale`
+    the gradients are computed scaled, so that small ones survive in float16, and are divided by it
+    at the end.
     """
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
     scale = 1.0 if loss_scale is None else loss_scale
@@ -92,24 +90,34 @@ def loss_and_gradients(
     return loss.LossSums(*(part / valid for part in sums)), gradients
 
 
-def _accumulate(entered: Llama, batch: Batch, config: Config, scale: jax.Array) -> tuple[loss.LossSums, Any]:
-    """Sums of a batch, and the gradient of `scale` times its objective, one microbatch after the other.
+def _accumulate(
+    entered: Llama, batch: Batch, config: Config, scale: jax.Array
+) -> tuple[loss.LossSums, Any]:
+    """Sums of a batch, and the gradient of `scale` times its objective, one microbatch after the
+    other.
 
-    Gradients of layers are added where they arise: those of one microbatch are never there all at once.
+    Gradients of layers are added where they arise: those of one microbatch are never there all at
+    once.
     """
     if batch.tokens.shape[0] == 1:  # nothing to add to, and so no totals to read
-        gradients, sums = jax.grad(objective, has_aux=True)(entered, layers.at(batch, 0), config, scale)
+        gradients, sums = jax.grad(objective, has_aux=True)(
+            entered, layers.at(batch, 0), config, scale
+        )
         return sums, jax.tree.map(lambda g: g.astype(entered.layout.sum_dtype), gradients)
     leaves, structure = jax.tree.flatten(entered)
     split = stages.Split(list(named_leaves(entered)))
     program = stages.make_program(entered, structure, split, [None] * len(leaves), config, scale)
     weights, ends = split.apart(leaves)
 
-    def add_microbatch(carry: tuple[loss.LossSums, Any, Any], microbatch: Batch) -> tuple[Any, None]:
+    def add_microbatch(
+        carry: tuple[loss.LossSums, Any, Any], microbatch: Batch
+    ) -> tuple[Any, None]:
         sums, dlayers, dends = carry
         x_BSD, pull_enter = jax.vjp(lambda ends: program.enter(ends, microbatch), ends)
         context, depth = program.context(microbatch), config.model.layers
-        x_BSD, pull_layers = layers.vjp(program.layer, weights, x_BSD, context, depth=depth, unroll=program.unroll)
+        x_BSD, pull_layers = layers.vjp(
+            program.layer, weights, x_BSD, context, depth=depth, unroll=program.unroll
+        )
         objective, pull_finish, more = jax.vjp(
             lambda ends, x: program.finish(ends, x, microbatch), ends, x_BSD, has_aux=True
         )
@@ -130,7 +138,9 @@ def enter(model: Llama, config: Config) -> Any:
     layout, per_step = model.layout, config.parallel.gather == "per_step"
 
     def enter_leaf(weight: jax.Array) -> jax.Array:
-        return reduce.enter_step(weight, layout.rules.token_axes, layout.dtype, gather_fsdp=per_step)
+        return reduce.enter_step(
+            weight, layout.rules.token_axes, layout.dtype, gather_fsdp=per_step
+        )
 
     return jax.tree.map(enter_leaf, model)
 
@@ -138,8 +148,9 @@ def enter(model: Llama, config: Config) -> Any:
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the training step. Jit it with `donate_argnums=0`.
 
-    Metrics (float32): `loss` (mean cross-entropy of the valid tokens), `grad_norm`, `learning_rate`, `valid_tokens`,
-    `skipped` (int32, so far), and `gradient_norms`, per leaf, one number a layer for stacked leaves.
+    Metrics (float32): `loss` (mean cross-entropy of the valid tokens), `grad_norm`,
+    `learning_rate`, `valid_tokens`, `skipped` (int32, so far), and `gradient_norms`, per leaf, one
+    number a layer for stacked leaves.
 
     A loss or gradient that is not finite leaves parameters and optimizer as they were.
     """
@@ -147,7 +158,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     scaled = config.precision.loss_scale > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        losses, gradients = loss_and_gradients(state.model, batch, config, state.loss_scale if scaled else None)
+        losses, gradients = loss_and_gradients(
+            state.model, batch, config, state.loss_scale if scaled else None
+        )
         norms = gradient_norms(gradients)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(n)) for n in jax.tree.leaves(norms)))
         finite = jnp.isfinite(losses.objective) & jnp.isfinite(grad_norm)
@@ -157,7 +170,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         old = (state.model, to_device(state.optimizer, config))
         updates, optimizer_state = optimizer.update(gradients, old[1], state.model)
         new = (optax.apply_updates(state.model, updates), optimizer_state)
-        model, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        model, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, old
+        )
         skipped = state.skipped + jnp.where(finite, 0, 1)
         loss_scale, since_scaled = (
             _next_scale(state, finite, config) if scaled else (state.loss_scale, state.since_scaled)
@@ -171,21 +186,32 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "gradient_norms": stages.to_network(norms, config),
         } | ({"loss_scale": state.loss_scale} if scaled else {})
         return TrainState(
-            state.step + 1, skipped, loss_scale, since_scaled, model, to_host(optimizer_state, config)
+            state.step + 1,
+            skipped,
+            loss_scale,
+            since_scaled,
+            model,
+            to_host(optimizer_state, config),
         ), metrics
 
     return train_step
 
 
-def _next_scale(state: TrainState, finite: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Dynamic loss scale (Micikevicius et al., 2018): halved when a gradient overflows, doubled after long without."""
+def _next_scale(
+    state: TrainState, finite: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """Dynamic loss scale (Micikevicius et al., 2018): halved when a gradient overflows, doubled
+    after long without."""
     grown = state.since_scaled + 1 >= config.precision.loss_scale_growth_steps
-    scale = jnp.where(finite, jnp.where(grown, state.loss_scale * 2, state.loss_scale), state.loss_scale / 2)
+    scale = jnp.where(
+        finite, jnp.where(grown, state.loss_scale * 2, state.loss_scale), state.loss_scale / 2
+    )
     return jnp.clip(scale, 1, 2.0**24), jnp.where(finite & ~grown, state.since_scaled + 1, 0)
 
 
 def gradient_norms(gradients: Llama) -> dict[str, jax.Array]:
-    """Norm of every gradient leaf by name; a vector of L norms for the stacked leaves of the layers."""
+    """Norm of every gradient leaf by name; a vector of L norms for the stacked leaves of the
+    layers."""
 
     def norm(name: str, g: jax.Array) -> jax.Array:
         dims = range(int(name.startswith("layers.")), g.ndim)
@@ -195,12 +221,15 @@ def gradient_norms(gradients: Llama) -> dict[str, jax.Array]:
 
 
 def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
-    """Builds the evaluation step: summed cross-entropy and number of valid tokens of one batch [M, B, S]."""
+    """Builds the evaluation step: summed cross-entropy and number of valid tokens of one batch [M,
+    B, S]."""
 
     def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         entered = enter(model, config)
         if stages.stages() > 1:
-            return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(batch.targets)
+            return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(
+                batch.targets
+            )
 
         def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
             _, sums = objective(entered, microbatch, config, jnp.ones(()))

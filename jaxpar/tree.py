@@ -18,14 +18,16 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by name, in the order of `jax.tree.leaves`.
 
-    Positions in tuples and lists are left out where the name is unique without them, so that a link more or less in an
-    `optax.chain` leaves `optimizer.mu.layers.attention.query` what it is.
+    Positions in tuples and lists are left out where the name is unique without them, so that a link
+    more or less in an `optax.chain` leaves `optimizer.mu.layers.attention.query` what it is.
     """
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     full = [leaf_name(path) for path in paths]
     short = [".".join(part for part in name.split(".") if not part.isdecimal()) for name in full]
     uses = collections.Counter(short)
-    names = [few if few and uses[few] == 1 else whole for few, whole in zip(short, full, strict=True)]
+    names = [
+        few if few and uses[few] == 1 else whole for few, whole in zip(short, full, strict=True)
+    ]
     return dict(zip(names, leaves, strict=True))
 
 

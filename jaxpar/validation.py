@@ -1,7 +1,7 @@
 """Every rule that a request must obey.
 
-A wrong request raises `ConfigError`, before jax starts wherever the number of devices is not needed. Its message gives
-the value, the rule, and the legal values nearest to it.
+A wrong request raises `ConfigError`, before jax starts wherever the number of devices is not
+needed. Its message gives the value, the rule, and the legal values nearest to it.
 """
 
 import dataclasses
@@ -40,16 +40,23 @@ CHOICES = {
 }
 
 _POSITIVE = (
-    "model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim model.ffn_dim model.rope_theta "
-    "model.rope_scaling.factor model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor "
-    "model.rope_scaling.original_sequence_length model.norm_eps model.init_std data.sequence_length data.prefetch "
-    "train.steps train.batch_size train.microbatches train.max_nonfinite_steps optimizer.learning_rate optimizer.eps "
-    "precision.loss_scale_growth_steps parallel.chunks loss.chunk compile.unroll checkpoint.keep log.every"
+    "model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim "
+    "model.ffn_dim model.rope_theta "
+    "model.rope_scaling.factor model.rope_scaling.low_freq_factor "
+    "model.rope_scaling.high_freq_factor "
+    "model.rope_scaling.original_sequence_length model.norm_eps model.init_std "
+    "data.sequence_length data.prefetch "
+    "train.steps train.batch_size train.microbatches train.max_nonfinite_steps "
+    "optimizer.learning_rate optimizer.eps "
+    "precision.loss_scale_growth_steps parallel.chunks loss.chunk compile.unroll checkpoint.keep "
+    "log.every"
 ).split()
 
 _NOT_NEGATIVE = (
-    "train.seed train.eval_every train.eval_batches train.z_loss optimizer.warmup_steps optimizer.min_learning_rate "
-    "optimizer.weight_decay optimizer.clip_norm precision.loss_scale checkpoint.every checkpoint.keep_best"
+    "train.seed train.eval_every train.eval_batches train.z_loss optimizer.warmup_steps "
+    "optimizer.min_learning_rate "
+    "optimizer.weight_decay optimizer.clip_norm precision.loss_scale checkpoint.every "
+    "checkpoint.keep_best"
 ).split()
 
 
@@ -66,7 +73,8 @@ def resolve(raw: config_dict.ConfigDict) -> Config:
     kv_heads = model.kv_heads or model.heads
     if model.head_dim == 0 and model.dim % model.heads:
         raise ConfigError(
-            f"model.dim={model.dim} is not divisible by model.heads={model.heads}; use model.heads in "
+            f"model.dim={model.dim} is not divisible by model.heads={model.heads}; use model.heads "
+            "in "
             f"{_nearest_divisors(model.dim, model.heads)}, or set model.head_dim"
         )
     head_dim = model.head_dim or model.dim // model.heads
@@ -82,14 +90,18 @@ def _positive(path: str, value: float, *, zero: bool = False) -> None:
         rule = "must be finite and not negative" if zero else "must be finite and positive"
         default = value_of(Config(), path) if path in field_paths() else None
         least = "at least 0" if zero else "at least 1" if isinstance(value, int) else "above 0"
-        raise ConfigError(f"{path}={value} {rule}; use {least}" + (f" (default: {default})" if default else ""))
+        raise ConfigError(
+            f"{path}={value} {rule}; use {least}" + (f" (default: {default})" if default else "")
+        )
 
 
 def _validate(config: Config) -> None:
     for path, choices in CHOICES.items():
         value = value_of(config, path)
         if value not in choices:
-            raise ConfigError(f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}")
+            raise ConfigError(
+                f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}"
+            )
     _known_names("memory.remat", config.memory.remat, ACTIVATIONS, *REMAT)
     _known_names("memory.offload", config.memory.offload, (*ACTIVATIONS, "optimizer"), "")
     for path in _POSITIVE:
@@ -100,7 +112,10 @@ def _validate(config: Config) -> None:
         if not 0 <= (value := value_of(config, path)) < 1:
             raise ConfigError(f"{path}={value} must be at least 0 and below 1")
     if not 0 < config.optimizer.decay_fraction <= 1:
-        raise ConfigError(f"optimizer.decay_fraction={config.optimizer.decay_fraction} must be above 0 and at most 1")
+        raise ConfigError(
+            f"optimizer.decay_fraction={config.optimizer.decay_fraction} must be above 0 and at "
+            "most 1"
+        )
     decays = config.optimizer.schedule != "constant"
     if decays and config.optimizer.min_learning_rate > config.optimizer.learning_rate:
         raise ConfigError(
@@ -112,7 +127,8 @@ def _validate(config: Config) -> None:
     if model.head_dim % 2:
         near = f"{{{model.head_dim - 1}, {model.head_dim + 1}}}" if model.head_dim > 1 else "{2}"
         raise ConfigError(
-            f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; use one of {near}"
+            f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; use one of "
+            f"{near}"
         )
     scaling = model.rope_scaling
     if scaling.factor != 1 and scaling.low_freq_factor >= scaling.high_freq_factor:
@@ -120,17 +136,22 @@ def _validate(config: Config) -> None:
             f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
             f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
-    _divisible("train.batch_size", config.train.batch_size, "train.microbatches", config.train.microbatches)
+    _divisible(
+        "train.batch_size", config.train.batch_size, "train.microbatches", config.train.microbatches
+    )
     scaled = config.precision.loss_scale > 0
     if scaled != (config.precision.compute == "float16"):
         raise ConfigError(
-            f"precision.compute={config.precision.compute} and precision.loss_scale={config.precision.loss_scale}: "
-            "float16 needs a loss scale and no other dtype takes one; use precision.loss_scale=65536 with float16, or "
+            f"precision.compute={config.precision.compute} and "
+            f"precision.loss_scale={config.precision.loss_scale}: "
+            "float16 needs a loss scale and no other dtype takes one; use "
+            "precision.loss_scale=65536 with float16, or "
             "precision.compute=bfloat16 and precision.loss_scale=0"
         )
     if config.parallel.zigzag and config.parallel.context == "ulysses":
         raise ConfigError(
-            "parallel.zigzag=True balances causal work between tokens, but with parallel.context=ulysses every device "
+            "parallel.zigzag=True balances causal work between tokens, but with "
+            "parallel.context=ulysses every device "
             "has all of them; use parallel.zigzag=false, or parallel.context=ring"
         )
 
@@ -168,7 +189,8 @@ def _divisible(name: str, value: int, by: str, divisor: int, *, why: str = "") -
     if value % divisor:
         raise ConfigError(
             f"{name}={value} is not divisible by {by}={divisor}{why}; use {by} in "
-            f"{_nearest_divisors(value, divisor)}, or {name} in {_nearest_multiples(value, divisor)}"
+            f"{_nearest_divisors(value, divisor)}, or {name} in "
+            f"{_nearest_multiples(value, divisor)}"
         )
 
 
@@ -176,22 +198,27 @@ def resolve_mesh(sizes: Mapping[str, int | None], devices: int | None) -> MeshCo
     """The mesh that was asked for.
 
     Args:
-      sizes: size of each axis; `None` (not given) is 1, except that `data` takes the devices left over when no axis
-        was given -1.
+      sizes: size of each axis; `None` (not given) is 1, except that `data` takes the devices left
+        over when no axis was given -1.
       devices: number of devices, or None where it is not known yet; then a -1 counts as 1.
 
     Raises:
-      ConfigError: unknown axis, two -1, a size below 1, or a product that is not the number of devices.
+      ConfigError: unknown axis, two -1, a size below 1, or a product that is not the number of
+        devices.
     """
     for axis, size in sizes.items():
         if axis not in AXES:
             raise ConfigError(f"unknown mesh axis {axis!r}.{nearest(axis, AXES)}")
         if size is not None and size != -1 and size < 1:
-            raise ConfigError(f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over")
+            raise ConfigError(
+                f"mesh.{axis}={size} must be at least 1, or -1 for the devices left over"
+            )
     given = {axis: sizes.get(axis) for axis in AXES}
     free = [axis for axis, size in given.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take the devices left over")
+        raise ConfigError(
+            f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis can take the devices left over"
+        )
     if not free and given["data"] is None:
         free = ["data"]
     known = {axis: size or 1 for axis, size in given.items() if axis not in free}
@@ -202,17 +229,21 @@ def resolve_mesh(sizes: Mapping[str, int | None], devices: int | None) -> MeshCo
     if free:
         if devices % product:
             raise ConfigError(
-                f"mesh {asked} = {product} does not divide {devices} devices, so mesh.{free[0]}=-1 has no size; "
-                + _mesh_remedy(known, devices)
+                f"mesh {asked} = {product} does not divide {devices} devices, so mesh.{free[0]}=-1 "
+                "has no size; " + _mesh_remedy(known, devices)
             )
         known[free[0]] = devices // product
     elif product != devices:
-        raise ConfigError(f"mesh {asked} = {product} does not use {devices} devices; " + _mesh_remedy(known, devices))
+        raise ConfigError(
+            f"mesh {asked} = {product} does not use {devices} devices; "
+            + _mesh_remedy(known, devices)
+        )
     return MeshConfig(**known)
 
 
 def _mesh_remedy(known: Mapping[str, int], devices: int) -> str:
-    """What to change so that the sizes multiply to the devices: the largest size that, alone, can make it right."""
+    """What to change so that the sizes multiply to the devices: the largest size that, alone, can
+    make it right."""
     product = math.prod(known.values())
     simulate = f"or simulate the mesh with --cpu_devices={product}"
     if devices % product == 0:
@@ -229,7 +260,8 @@ def _mesh_remedy(known: Mapping[str, int], devices: int) -> str:
 
 
 def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) -> None:
-    """Holds a config against a mesh: every sharded dimension must divide; of the model, and if `training` of the batch.
+    """Holds a config against a mesh: every sharded dimension must divide; of the model, and if
+    `training` of the batch.
 
     Raises:
       ConfigError: the first dimension that does not, with the sizes that do.
@@ -237,18 +269,22 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
     model, tensor, fsdp = config.model, mesh.tensor, mesh.fsdp
     if mesh.pipeline > 1:
         _validate_pipeline(config, mesh, training=training)
-    sharded = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_dim", "vocab_size")}
+    sharded = {
+        name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_dim", "vocab_size")
+    }
     for name, size in sharded.items():
         if size % tensor:
             raise ConfigError(
                 f"model.{name}={size} is not divisible by mesh.tensor={tensor}; use mesh.tensor in "
-                f"{_nearest_divisors(math.gcd(*sharded.values()), tensor)}, which divide heads, kv_heads, ffn_dim and "
+                f"{_nearest_divisors(math.gcd(*sharded.values()), tensor)}, which divide heads, "
+                "kv_heads, ffn_dim and "
                 f"vocab_size, or model.{name} in {_nearest_multiples(size, tensor)}"
             )
     _divisible("model.dim", model.dim, "mesh.fsdp", fsdp, why=" (weights are sharded along it)")
     if config.parallel.optimizer_sharding == "data" and model.dim % (fsdp * mesh.data):
         raise ConfigError(
-            f"model.dim={model.dim} is not divisible by mesh.fsdp x mesh.data = {fsdp * mesh.data}, over which "
+            f"model.dim={model.dim} is not divisible by mesh.fsdp x mesh.data = "
+            f"{fsdp * mesh.data}, over which "
             "parallel.optimizer_sharding=data spreads it; use mesh.data in "
             f"{_nearest_divisors(model.dim // fsdp, mesh.data)}"
         )
@@ -258,9 +294,11 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
     _divisible("data.sequence_length", length, "mesh.sequence", mesh.sequence)
     if config.parallel.sequence_parallel and length % (mesh.sequence * tensor):
         raise ConfigError(
-            f"data.sequence_length={length} is not divisible by mesh.sequence x mesh.tensor = {mesh.sequence * tensor}"
+            f"data.sequence_length={length} is not divisible by mesh.sequence x mesh.tensor = "
+            f"{mesh.sequence * tensor}"
             f", which sequence_parallel needs; use data.sequence_length in "
-            f"{_nearest_multiples(length, mesh.sequence * tensor)}, or --config.parallel.sequence_parallel=false"
+            f"{_nearest_multiples(length, mesh.sequence * tensor)}, or "
+            "--config.parallel.sequence_parallel=false"
         )
     _validate_context(config, mesh)
     train = config.train
@@ -278,61 +316,82 @@ def validate_mesh(config: Config, mesh: MeshConfig, *, training: bool = True) ->
 
 
 def _validate_pipeline(config: Config, mesh: MeshConfig, *, training: bool) -> None:
-    """Layers must divide into stages and chunks, the vocabulary into stages x tensor, and chunks want microbatches that
-    are a multiple of the stages."""
+    """Layers must divide into stages and chunks, the vocabulary into stages x tensor, and chunks
+    want microbatches that are a multiple of the stages."""
     model, stages, chunks = config.model, mesh.pipeline, config.parallel.chunks
     M = config.train.microbatches
     if not training:
         raise ConfigError(
-            f"mesh.pipeline={stages}: tokens are generated one by one, which leaves all stages but one idle; use "
-            f"mesh.pipeline=1 with mesh.tensor or mesh.fsdp (the checkpoint of a pipeline restores onto any mesh)"
+            f"mesh.pipeline={stages}: tokens are generated one by one, which leaves all stages but "
+            "one idle; use "
+            "mesh.pipeline=1 with mesh.tensor or mesh.fsdp (the checkpoint of a pipeline restores "
+            "onto any mesh)"
         )
     if model.layers % (stages * chunks):
-        by = f"mesh.pipeline x parallel.chunks = {stages * chunks}" if chunks > 1 else f"mesh.pipeline={stages}"
+        by = (
+            f"mesh.pipeline x parallel.chunks = {stages * chunks}"
+            if chunks > 1
+            else f"mesh.pipeline={stages}"
+        )
         remedies = []
         if model.layers % chunks == 0 and model.layers > chunks:
             remedies.append(f"mesh.pipeline in {_nearest_divisors(model.layers // chunks, stages)}")
         if chunks > 1 and model.layers % stages == 0:
-            remedies.append(f"parallel.chunks in {_nearest_divisors(model.layers // stages, chunks)}")
+            remedies.append(
+                f"parallel.chunks in {_nearest_divisors(model.layers // stages, chunks)}"
+            )
         remedies.append(f"model.layers in {_nearest_multiples(model.layers, stages * chunks)}")
         raise ConfigError(
-            f"model.layers={model.layers} is not divisible by {by}: every stage takes as many layers; use "
-            + ", or ".join(remedies)
+            f"model.layers={model.layers} is not divisible by {by}: every stage takes as many "
+            "layers; use " + ", or ".join(remedies)
         )
     parts = stages * mesh.tensor
     if model.vocab_size % parts:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is not divisible by mesh.pipeline x mesh.tensor = {parts}, over "
+            f"model.vocab_size={model.vocab_size} is not divisible by mesh.pipeline x mesh.tensor "
+            f"= {parts}, over "
             f"which embedding and head are spread; use mesh.pipeline in "
             f"{_nearest_divisors(model.vocab_size, stages)}, or model.vocab_size in "
             f"{_nearest_multiples(model.vocab_size, parts)}"
         )
     if chunks > 1 and config.parallel.schedule == "gpipe":
         raise ConfigError(
-            f"parallel.chunks={chunks} needs parallel.schedule=1f1b, which interleaves them; use it, or "
+            f"parallel.chunks={chunks} needs parallel.schedule=1f1b, which interleaves them; use "
+            "it, or "
             "parallel.chunks=1 with gpipe"
         )
     if chunks > 1 and M % stages:
         raise ConfigError(
-            f"train.microbatches={M} is not divisible by mesh.pipeline={stages}, which parallel.chunks={chunks} needs "
-            f"(a chunk takes as many microbatches as there are stages before the next one's turn); use "
+            f"train.microbatches={M} is not divisible by mesh.pipeline={stages}, which "
+            f"parallel.chunks={chunks} needs "
+            "(a chunk takes as many microbatches as there are stages before the next one's turn); "
+            "use "
             f"train.microbatches in {_nearest_multiples(M, stages)}, or parallel.chunks=1"
         )
     if config.memory.offload:
         raise ConfigError(
-            f"memory.offload={config.memory.offload} is not built for a pipeline (mesh.pipeline={stages}), whose "
+            f"memory.offload={config.memory.offload} is not built for a pipeline "
+            f"(mesh.pipeline={stages}), whose "
             "stages keep only their inputs; leave it out and save memory by memory.remat"
         )
 
 
 def _validate_context(config: Config, mesh: MeshConfig) -> None:
-    """The two rules of context parallelism besides that tokens divide: zigzag's halves, and the heads of Ulysses."""
-    model, length, sequence, tensor = config.model, config.data.sequence_length, mesh.sequence, mesh.tensor
+    """The two rules of context parallelism besides that tokens divide: zigzag's halves, and the
+    heads of Ulysses."""
+    model, length, sequence, tensor = (
+        config.model,
+        config.data.sequence_length,
+        mesh.sequence,
+        mesh.tensor,
+    )
     if config.parallel.zigzag and sequence > 1 and length % (2 * sequence):
         unit = math.lcm(2 * sequence, sequence * tensor if config.parallel.sequence_parallel else 1)
         raise ConfigError(
-            f"data.sequence_length={length} is not divisible by 2 x mesh.sequence = {2 * sequence}, which "
-            "parallel.zigzag needs (every device gets an early and a late chunk); use data.sequence_length in "
+            f"data.sequence_length={length} is not divisible by 2 x mesh.sequence = "
+            f"{2 * sequence}, which "
+            "parallel.zigzag needs (every device gets an early and a late chunk); use "
+            "data.sequence_length in "
             f"{_nearest_multiples(length, unit)}, or parallel.zigzag=false"
         )
     if config.parallel.context != "ulysses":
@@ -342,8 +401,11 @@ def _validate_context(config: Config, mesh: MeshConfig) -> None:
         if heads // tensor % sequence:
             legal = math.gcd(model.heads, model.kv_heads) // tensor
             raise ConfigError(
-                f"model.{name}={heads} / mesh.tensor={tensor} = {heads // tensor} is not divisible by "
-                f"mesh.sequence={sequence}, which parallel.context=ulysses needs (it gives every device all tokens of "
-                f"some heads); use mesh.sequence in {_nearest_divisors(legal, sequence)}, which divide heads and "
+                f"model.{name}={heads} / mesh.tensor={tensor} = {heads // tensor} is not divisible "
+                "by "
+                f"mesh.sequence={sequence}, which parallel.context=ulysses needs (it gives every "
+                "device all tokens of "
+                f"some heads); use mesh.sequence in {_nearest_divisors(legal, sequence)}, which "
+                "divide heads and "
                 f"kv_heads / mesh.tensor, or parallel.context=ring"
             )

@@ -1,9 +1,12 @@
-"""Verify a mesh: the same batch on it and on one device, compared in loss, gradient norm and every gradient leaf.
+"""Verify a mesh: the same batch on it and on one device, compared in loss, gradient norm and every
+gradient leaf.
 
-  python -m jaxpar.verify --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4 --mesh.tensor=2 [--json=FILE]
+  python -m jaxpar.verify --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4 --mesh.tensor=2
+  [--json=FILE]
 
-Computes in float32, so that what differs is an error and not rounding. The reference is the first device of the same
-machine, with one microbatch and without sequence parallelism. Exits with 1 if a relative error is above --tolerance.
+Computes in float32, so that what differs is an error and not rounding. The reference is the first
+device of the same machine, with one microbatch and without sequence parallelism. Exits with 1 if a
+relative error is above --tolerance.
 """
 
 import dataclasses
@@ -14,14 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxpar import cli, data, stages
+from jaxpar import cli, program
 from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
+from jaxpar.data.batches import Batch, batch_sharding, batches, global_batch
+from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
-from jaxpar.step import batch_spec, init_state, loss_and_gradients
+from jaxpar.step import init_state, loss_and_gradients
 from jaxpar.tree import named_leaves
 
 TOLERANCE = 1e-5
@@ -37,7 +42,8 @@ class Result:
 
 
 def reference_config(config: Config) -> Config:
-    """The plainest form of the same computation: one microbatch, nothing sharded, nothing recomputed."""
+    """The plainest form of the same computation: one microbatch, nothing sharded, nothing
+    recomputed."""
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, microbatches=1),
@@ -47,10 +53,12 @@ def reference_config(config: Config) -> Config:
 
 
 def in_float32(config: Config) -> Config:
-    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, compute="float32"))
+    return dataclasses.replace(
+        config, precision=dataclasses.replace(config.precision, compute="float32")
+    )
 
 
-def run_batch(config: Config, mesh: Mesh, batch: data.Batch) -> Result:
+def run_batch(config: Config, mesh: Mesh, batch: Batch) -> Result:
     """Loss and gradients of the freshly initialised model on `mesh`.
 
     Args:
@@ -58,13 +66,15 @@ def run_batch(config: Config, mesh: Mesh, batch: data.Batch) -> Result:
       mesh: six axes.
       batch: int32 arrays of the whole batch, [M, B, S] for any M.
     """
-    parts = data.Batch(*(x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch))
+    parts = Batch(*(x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch))
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        sharding = NamedSharding(mesh, batch_spec(config))
-        placed = data.global_batch(parts, sharding, zigzag=config.parallel.zigzag)
-        losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(model, placed)
-        gradients = named_leaves(stages.to_network(gradients, config))
+        sharding = batch_sharding(config, mesh)
+        placed = global_batch(parts, sharding, zigzag=config.parallel.zigzag)
+        losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(
+            model, placed
+        )
+        gradients = named_leaves(program.to_network(gradients, config))
         leaves = {name: np.asarray(g, np.float64) for name, g in gradients.items()}
     norm = float(np.sqrt(sum(np.sum(g**2) for g in leaves.values())))
     return Result(float(losses.objective), norm, leaves)
@@ -74,7 +84,10 @@ def initial_parameters(config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
     """The freshly initialised parameters by name, on the host."""
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        return {name: np.asarray(leaf) for name, leaf in named_leaves(stages.to_network(model, config)).items()}
+        return {
+            name: np.asarray(leaf)
+            for name, leaf in named_leaves(program.to_network(model, config)).items()
+        }
 
 
 def relative_error(value: Any, reference: Any) -> float:
@@ -89,22 +102,35 @@ def compare(result: Result, reference: Result, tolerance: float = TOLERANCE) -> 
 
     def scalar(name: str) -> dict[str, float]:
         value, expected = getattr(result, name), getattr(reference, name)
-        return {"reference": expected, "mesh": value, "relative_error": relative_error(value, expected)}
+        return {
+            "reference": expected,
+            "mesh": value,
+            "relative_error": relative_error(value, expected),
+        }
 
     report: dict[str, Any] = {"loss": scalar("loss"), "grad_norm": scalar("grad_norm")}
     report["gradients"] = {
-        name: relative_error(result.gradients[name], expected) for name, expected in reference.gradients.items()
+        name: relative_error(result.gradients[name], expected)
+        for name, expected in reference.gradients.items()
     }
-    errors = [report["loss"]["relative_error"], report["grad_norm"]["relative_error"], *report["gradients"].values()]
+    errors = [
+        report["loss"]["relative_error"],
+        report["grad_norm"]["relative_error"],
+        *report["gradients"].values(),
+    ]
     return report | {"tolerance": tolerance, "equal": max(errors) <= tolerance}
 
 
 def print_report(report: dict[str, Any], mesh: MeshConfig) -> None:
     """A table for the terminal: every quantity with its relative error."""
-    table = Table(Column("quantity or gradient", no_wrap=True), "one device", str(mesh), "relative error")
+    table = Table(
+        Column("quantity or gradient", no_wrap=True), "one device", str(mesh), "relative error"
+    )
     for name in ("loss", "grad_norm"):
         row = report[name]
-        table.add_row(name, f"{row['reference']:.7g}", f"{row['mesh']:.7g}", f"{row['relative_error']:.1e}")
+        table.add_row(
+            name, f"{row['reference']:.7g}", f"{row['mesh']:.7g}", f"{row['relative_error']:.1e}"
+        )
     for name, error in report["gradients"].items():
         table.add_row(name, "", "", f"{error:.1e}")
     Console().print(table)
@@ -127,23 +153,29 @@ def main(argv: list[str] | None = None) -> int:
     request = cli.parse(
         argv,
         __doc__ or "",
-        json=cli.Option(None, "write the comparison as JSON to this file; - is standard output, and nothing else"),
+        json=cli.Option(
+            None,
+            "write the comparison as JSON to this file; - is standard output, and nothing else",
+        ),
         tolerance=cli.Option(TOLERANCE, "largest relative error that counts as equal"),
     )
     output, tolerance = request.options["json"], request.options["tolerance"]
     if not 0 <= tolerance < math.inf:
-        raise ConfigError(f"--tolerance={tolerance} must be finite and not negative (default: {TOLERANCE})")
+        raise ConfigError(
+            f"--tolerance={tolerance} must be finite and not negative (default: {TOLERANCE})"
+        )
     if output != "-":
         cli.check_output("json", output)
     config = in_float32(request.config)
-    corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
+    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
     if jax.process_count() > 1:
         raise ConfigError(
-            "verify compares with one device of the same process; run it in one, for example with --cpu_devices"
+            "verify compares with one device of the same process; run it in one, for example with "
+            "--cpu_devices"
         )
     batch = next(
-        data.batches(
+        batches(
             corpus.train,
             seed=config.train.seed,
             batch_size=config.train.batch_size,
@@ -153,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
             prefetch=1,
         )
     )
-    reference = run_batch(reference_config(config), make_mesh(MeshConfig(), jax.devices()[:1]), batch)
+    reference = run_batch(
+        reference_config(config), make_mesh(MeshConfig(), jax.devices()[:1]), batch
+    )
     result = run_batch(config, mesh, batch)
     report = compare(result, reference, tolerance)
     if output == "-":

@@ -13,26 +13,32 @@ from jaxpar.config import CompileConfig
 
 PRESET: dict[str, dict[str, bool]] = {
     "gpu": {
-        # Collectives run while matmuls do. On in the jax that this was written with, off in older ones, and so said
-        # here; recommended by https://docs.jax.dev/en/latest/gpu_performance_tips.html.
+        # Collectives run while matmuls do. On in the jax that this was written with, off in older
+        # ones, and so said here; recommended by
+        # https://docs.jax.dev/en/latest/gpu_performance_tips.html.
         "xla_gpu_enable_latency_hiding_scheduler": True,
     },
     "cpu": {
-        # The optimizer's state is updated where it lies. Without it XLA copies both of Adam's moments, because it does
-        # not see that they are read before they are overwritten; docs/xla_options.md has the bytes.
+        # The optimizer's state is updated where it lies. Without it XLA copies both of Adam's
+        # moments, because it does not see that they are read before they are overwritten;
+        # docs/xla_options.md has the bytes.
         "xla_cpu_copy_insertion_use_region_analysis": True,
     },
 }
-"""What jaxpar asks of XLA for all its programs, by platform. docs/xla_options.md has what these and other options
+"""What jaxpar asks of XLA for all its programs, by platform. docs/xla_options.md has what these and
+other options
 change: on GPUs XLA's own defaults cover all but 1% of the bytes that layers gather and reduce."""
 
 ONCE: dict[str, dict[str, int]] = {"cpu": {"xla_backend_optimization_level": 1}}
-"""What it asks besides for a program that runs once: to be compiled in half the time. docs/xla_options.md."""
+"""What it asks besides for a program that runs once: to be compiled in half the time.
+docs/xla_options.md."""
 
 
-def options(config: CompileConfig, devices: Iterable[jax.Device], *, once: bool = False) -> dict[str, bool | int]:
-    """`compiler_options` of `jax.jit` for a program on `devices`; what the user's `XLA_FLAGS` name is left to them.
-    `once`: it is to run only once."""
+def options(
+    config: CompileConfig, devices: Iterable[jax.Device], *, once: bool = False
+) -> dict[str, bool | int]:
+    """`compiler_options` of `jax.jit` for a program on `devices`; what the user's `XLA_FLAGS` name
+    is left to them. `once`: it is to run only once."""
     platforms = {"gpu" if device.platform == "cuda" else device.platform for device in devices}
     if not config.preset or len(platforms) != 1:
         return {}
@@ -43,7 +49,8 @@ def options(config: CompileConfig, devices: Iterable[jax.Device], *, once: bool 
 
 
 def keep_compiled(config: CompileConfig, cache: Path) -> None:
-    """Turns on jax's persistent compilation cache: a program that was compiled before is read from a file.
+    """Turns on jax's persistent compilation cache: a program that was compiled before is read from
+    a file.
 
     Args:
       config: `cache` is `auto` (a folder of `cache`, unless jax was told one), `none`, or a folder.
@@ -55,4 +62,6 @@ def keep_compiled(config: CompileConfig, cache: Path) -> None:
     if config.cache != "auto" or "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = cache / "compiled" if config.cache == "auto" else Path(config.cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # the small programs of a start count too
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", 0.2
+    )  # the small programs of a start count too

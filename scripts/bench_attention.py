@@ -1,7 +1,8 @@
-"""Times attention of one layer, forward and backward: cuDNN's causal call alone (no documents), and `attend` in each
-implementation, on the GPU that is there. Prints a table, and JSON with --json.
+"""Times attention of one layer, forward and backward: cuDNN's causal call alone (no documents), and
+`attend` in each implementation, on the GPU that is there. Prints a table, and JSON with --json.
 
-    python scripts/bench_attention.py --batch=4 --length=4096 --heads=32 --kv_heads=8 --head_dim=128 --document=1000
+    python scripts/bench_attention.py --batch=4 --length=4096 --heads=32 --kv_heads=8 --head_dim=128
+    --document=1000
 """
 
 import argparse
@@ -27,12 +28,18 @@ def documents(batch: int, length: int, mean: int) -> TokenInfo:
     begins[:, 0] = True
     place = np.arange(length)
     positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-    return TokenInfo(jnp.asarray(positions, jnp.int32), jnp.asarray(np.cumsum(begins, axis=1), jnp.int32))
+    return TokenInfo(
+        jnp.asarray(positions, jnp.int32), jnp.asarray(np.cumsum(begins, axis=1), jnp.int32)
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = dict(batch=4, length=4096, heads=32, kv_heads=8, head_dim=128, document=1000, repeats=20)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = dict(
+        batch=4, length=4096, heads=32, kv_heads=8, head_dim=128, document=1000, repeats=20
+    )
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", help="file for the results")
@@ -56,7 +63,9 @@ def main() -> int:
                 jax.tree.map(lambda x, spec=spec: reshard(x, spec), info)
                 for spec in (rules.spec("batch", "seq"), rules.spec("batch", None))
             )
-            placed = (reshard(x, rules.spec("batch", "seq", "heads", "head_dim")) for x in (q, k, v))
+            placed = (
+                reshard(x, rules.spec("batch", "seq", "heads", "head_dim")) for x in (q, k, v)
+            )
             return attend(*placed, queries, keys, rules, Options(**options))
 
         return run
@@ -74,9 +83,13 @@ def main() -> int:
     results = {}
     with jax.set_mesh(make_mesh(MeshConfig(), [device])):
         for name, function in cases.items():
-            both = jax.jit(jax.grad(lambda *qkv, f=function: f(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
+            both = jax.jit(
+                jax.grad(lambda *qkv, f=function: f(*qkv).astype(jnp.float32).sum(), (0, 1, 2))
+            )
             forward = seconds(jax.jit(function), q, k, v, repeats=asked.repeats)
-            results[name] = dict(forward=forward, both=seconds(both, q, k, v, repeats=asked.repeats))
+            results[name] = dict(
+                forward=forward, both=seconds(both, q, k, v, repeats=asked.repeats)
+            )
     first = next(iter(results.values()))
     print(f"{device.device_kind}, jax {jax.__version__}, bf16, {vars(asked)}")
     print("| | forward, ms | forward and backward, ms | of cuDNN alone |\n|---|---|---|---|")

@@ -1,11 +1,14 @@
-"""Times the training step of a config on this device, beside a plain PyTorch Llama of the same shape and batch.
+"""Times the training step of a config on this device, beside a plain PyTorch Llama of the same
+shape and batch.
 
-  python scripts/bench_step.py --config=configs/tiny.py [--config.precision.compute=float32] [--contenders=jaxpar,eager]
+  python scripts/bench_step.py --config=configs/tiny.py [--config.precision.compute=float32]
+  [--contenders=jaxpar,eager]
 
-Contenders are jaxpar, eager and compile (PyTorch's `torch.compile`); NAME@PYTHON runs one with the interpreter of
-another environment, so that versions of jax stand in one table. They run in turn, each round in a process of its own
-(its memory and its start are its own), `--rounds` times; the first round compiles, the later ones find what it kept.
-Given are medians, and ratios to `eager` of the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
+Contenders are jaxpar, eager and compile (PyTorch's `torch.compile`); NAME@PYTHON runs one with the
+interpreter of another environment, so that versions of jax stand in one table. They run in turn,
+each round in a process of its own (its memory and its start are its own), `--rounds` times; the
+first round compiles, the later ones find what it kept. Given are medians, and ratios to `eager` of
+the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
 """
 
 import dataclasses
@@ -29,25 +32,26 @@ CONTENDERS = ("jaxpar", "eager", "compile")
 
 
 def worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, Any]:
-    """Runs one contender in this process. `begin`: when the process was asked for, on the clock of `time.time`."""
+    """Runs one contender in this process. `begin`: when the process was asked for, on the clock of
+    `time.time`."""
     library = "jax" if name == "jaxpar" else "torch"
     result = (jaxpar_worker if name == "jaxpar" else torch_worker)(name, argv, steps, begin)
     return dict(version=f"{library} {importlib.metadata.version(library)}", **result)
 
 
 def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, Any]:
-    from jaxpar import cli, counts, data, hardware
+    from jaxpar import cli
     from jaxpar.config import MeshConfig
+    from jaxpar.data.batches import Batch, batch_sharding, global_batch
+    from jaxpar.estimate import counts, hardware
 
     request = cli.parse(argv, __doc__ or "")
     config = request.config
     mesh = cli.start(request, config)
     import jax
     import numpy as np
-    from jax.sharding import NamedSharding
 
     from jaxpar.compile import compile_train_step
-    from jaxpar.step import batch_spec
     from jaxpar.train import start_state
 
     clock = time.perf_counter()
@@ -59,7 +63,7 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
         shape = (config.train.microbatches, -1, config.data.sequence_length)
         positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), tokens.shape)
         fields = [x.reshape(shape) for x in (tokens, targets, positions, np.ones_like(tokens))]
-        batch = data.global_batch(data.Batch(*fields), NamedSharding(mesh, batch_spec(config)), zigzag=False)
+        batch = global_batch(Batch(*fields), batch_sharding(config, mesh), zigzag=False)
         state, values = step(state, batch)
         first_loss = float(values["loss"])
         first = time.time() - begin
@@ -79,7 +83,8 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
         compile=compiling,
         seconds=seconds,
         loss=(first_loss, float(values["loss"])),
-        memory=stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory=stats.get("peak_bytes_in_use")
+        or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         compiled_memory=compiled.argument_size_in_bytes
         + compiled.output_size_in_bytes
         - compiled.alias_size_in_bytes
@@ -104,7 +109,13 @@ def torch_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[s
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step = make_step(dataclasses.asdict(config), device, compiled=name == "compile")
     tokens, targets = (torch.from_numpy(x).to(device).long() for x in random_batch(config))
-    parts = list(zip(tokens.chunk(config.train.microbatches), targets.chunk(config.train.microbatches), strict=True))
+    parts = list(
+        zip(
+            tokens.chunk(config.train.microbatches),
+            targets.chunk(config.train.microbatches),
+            strict=True,
+        )
+    )
     assert len(parts) == 1, "the PyTorch step takes one microbatch"
 
     def run() -> float:
@@ -149,13 +160,21 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
                     f"--steps={steps}",
                     f"--begin={time.time()}",
                 ]
-                run = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
+                run = subprocess.run(
+                    [*command, *argv], env=environment, capture_output=True, text=True
+                )
                 if run.returncode:
                     sys.exit(f"{name}: {run.stderr[-2000:]}")
                 results[name].append(json.loads(run.stdout.splitlines()[-1]))
-                print(f"{name}: {statistics.median(results[name][-1]['seconds']):.4f} s a step", file=sys.stderr)
+                print(
+                    f"{name}: {statistics.median(results[name][-1]['seconds']):.4f} s a step",
+                    file=sys.stderr,
+                )
     ours = results["jaxpar"][0]
-    seconds = {name: statistics.median(t for run in runs for t in run["seconds"]) for name, runs in results.items()}
+    seconds = {
+        name: statistics.median(t for run in runs for t in run["seconds"])
+        for name, runs in results.items()
+    }
     baseline = seconds.get("eager")
     rows = {
         name: dict(
@@ -164,7 +183,10 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
             ratio=baseline and baseline / seconds[name],
             mfu=[ours["peak"] and flops / seconds[name] / ours["peak"] for flops in ours["flops"]],
             memory=max(run["memory"] for run in runs),
-            first_step=[runs[0]["first"], statistics.median(run["first"] for run in runs[1:] or runs)],
+            first_step=[
+                runs[0]["first"],
+                statistics.median(run["first"] for run in runs[1:] or runs),
+            ],
             version=runs[0]["version"],
             compile=[run.get("compile") for run in runs],
             compiled_memory=runs[0].get("compiled_memory"),
@@ -174,7 +196,9 @@ def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> 
     }
     return dict(
         date=datetime.date.today().isoformat(),
-        device=ours["device"] if ours["peak"] else f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        device=ours["device"]
+        if ours["peak"]
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})",
         python=platform.python_version(),
         command="python scripts/bench_step.py " + " ".join(a for a in argv if "--workdir" not in a),
         parameters=ours["parameters"],
@@ -197,18 +221,22 @@ def report(result: dict[str, Any]) -> str:
         f"{config['train']['batch_size']} x {config['data']['sequence_length']} tokens, "
         f"{config['precision']['compute']}, remat {config['memory']['remat']}, {result['mesh']}.",
         "",
-        "| | tokens/s | against eager | MFU, causal / square | peak, MB | first step, s: cold / cached | compile, s |",
+        "| | tokens/s | against eager | MFU, causal / square | peak, MB | first step, s: cold / "
+        "cached | compile, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["contenders"].items():
         program = name.partition("@")[0]
-        label = {"eager": "PyTorch, eager", "compile": "`torch.compile`"}.get(program, program) + f", {row['version']}"
+        label = {"eager": "PyTorch, eager", "compile": "`torch.compile`"}.get(
+            program, program
+        ) + f", {row['version']}"
         compiling = f"{row['compile'][0]:.1f}" if row["compile"][0] else ""
         mfu = " / ".join("not known" if x is None else f"{x:.1%}" for x in row["mfu"])
         cold, cached = row["first_step"]
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
         lines.append(
-            f"| {label} | {row['tokens_per_second']:,.0f} | {ratio} | {mfu} | {row['memory'] / 1e6:,.0f} | "
+            f"| {label} | {row['tokens_per_second']:,.0f} | {ratio} | {mfu} | "
+            f"{row['memory'] / 1e6:,.0f} | "
             f"{cold:.1f} / {cached:.1f} | {compiling} |"
         )
     if parts := result.get("breakdown"):
@@ -218,14 +246,21 @@ def report(result: dict[str, Any]) -> str:
 
 def breakdown_table(parts: dict[str, Any], total: float) -> list[str]:
     """Lines of the table of the parts of a step of `total` seconds, as breakdown.py gives them."""
-    rows = [(name, alone, f"{1e3 * least:,.1f}" if least else "") for name, alone, least in parts["rows"]]
+    rows = [
+        (name, alone, f"{1e3 * least:,.1f}" if least else "")
+        for name, alone, least in parts["rows"]
+    ]
     rows.append(("the rest", total - sum(alone for _, alone, _ in rows), ""))
     return [
-        f"Roofline: {parts['rate'] / 1e12:.3g} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:,.0f} GB/s of copy.",
+        f"Roofline: {parts['rate'] / 1e12:.3g} TFLOP/s of matmul, {parts['bandwidth'] / 1e9:,.0f} "
+        "GB/s of copy.",
         "",
         "| part of a step | ms, alone | ms at the roofline | share of the step |",
         "| --- | --- | --- | --- |",
-        *(f"| {name} | {1e3 * alone:,.1f} | {least} | {alone / total:.0%} |" for name, alone, least in rows),
+        *(
+            f"| {name} | {1e3 * alone:,.1f} | {least} | {alone / total:.0%} |"
+            for name, alone, least in rows
+        ),
     ]
 
 
@@ -240,7 +275,10 @@ def main() -> None:
         else:
             rest.append(argument)
     if not rest or "--help" in rest:
-        sys.exit(f"{__doc__}\nFlags: {', '.join(f'--{name}' for name in names)}, and those of jaxpar.train.")
+        sys.exit(
+            f"{__doc__}\nFlags: {', '.join(f'--{name}' for name in names)}, and those of "
+            "jaxpar.train."
+        )
     rest.append("--workdir=unused")
     steps = int(own.get("steps", 10))
     if "worker" in own:
@@ -250,7 +288,9 @@ def main() -> None:
     result = run_all(rest, contenders, int(own.get("rounds", 3)), steps)
     if "breakdown" in own:
         command = [sys.executable, str(ROOT / "scripts" / "breakdown.py"), *rest[:-1]]
-        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True)
+        run = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True
+        )
         result["breakdown"] = json.loads(run.stdout.splitlines()[-1])
     print(report(result))
     if "json" in own:

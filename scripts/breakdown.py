@@ -2,9 +2,10 @@
 
   python scripts/breakdown.py --config=configs/cpu_bench.py [--config.precision.compute=bfloat16]
 
-The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured here. `bench_step.py
---breakdown` puts these parts beside a whole step and calls the difference the rest: activations that the layer loop
-stacks, the embedding, the metrics, and on CPUs what the parts gain or lose by other neighbours in the cache.
+The roofline: the rate of a large square matmul and the bandwidth of a large copy, both measured
+here. `bench_step.py --breakdown` puts these parts beside a whole step and calls the difference the
+rest: activations that the layer loop stacks, the embedding, the metrics, and on CPUs what the parts
+gain or lose by other neighbours in the cache.
 """
 
 import json
@@ -18,10 +19,11 @@ import optax
 from calibrate import matmul_rate
 from stopwatch import seconds
 
-from jaxpar import attention, cli, counts, loss
+from jaxpar import attention, cli, loss
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
-from jaxpar.matmul import einsum
+from jaxpar.estimate import counts
+from jaxpar.kernels.matmul import einsum
 from jaxpar.model import Llama, remat_policy
 from jaxpar.optimizer import make_optimizer
 from jaxpar.parallel import layers
@@ -33,8 +35,8 @@ Row = tuple[str, float, float]
 
 
 def breakdown(config: Config) -> dict[str, Any]:
-    """Parts of one step on the current mesh, which has one device: `rate` in FLOP/s, `bandwidth` in bytes/s, and `rows`
-    of `Row`; those of layers and loss are of all layers and microbatches."""
+    """Parts of one step on the current mesh, which has one device: `rate` in FLOP/s, `bandwidth` in
+    bytes/s, and `rows` of `Row`; those of layers and loss are of all layers and microbatches."""
     large = jax.default_backend() == "gpu"
     sizes = (4096, 8192) if large else (512, 1024, 2048)
     rate = max(matmul_rate(size, size, config.precision.compute, REPEATS) for size in sizes)
@@ -43,11 +45,14 @@ def breakdown(config: Config) -> dict[str, Any]:
     model = jax.jit(lambda: init_state(config).model)()
     parts = [*layer_parts(model, config, rate), head_part(model, config, rate)]
     rows = [(name, alone * config.train.microbatches, least) for name, alone, least in parts]
-    return dict(rate=rate, bandwidth=bandwidth, rows=[*rows, optimizer_part(model, config, bandwidth)])
+    return dict(
+        rate=rate, bandwidth=bandwidth, rows=[*rows, optimizer_part(model, config, bandwidth)]
+    )
 
 
 def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
-    """Attention, matmuls, the rest of a layer, and what remat computes again, of all layers and one microbatch."""
+    """Attention, matmuls, the rest of a layer, and what remat computes again, of all layers and one
+    microbatch."""
     m, layout, L = config.model, model.layout, config.model.layers
     B, S = config.train.batch_size // config.train.microbatches, config.data.sequence_length
     at_tokens = layout.rules.spec("batch", "seq")
@@ -57,7 +62,9 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
     x = jnp.ones((B, S, m.dim), layout.dtype, out_sharding=layout.residual)
     q, k = (
         jnp.ones(
-            (B, S, heads, m.head_dim), layout.dtype, out_sharding=layout.rules.spec("batch", "seq", name, "head_dim")
+            (B, S, heads, m.head_dim),
+            layout.dtype,
+            out_sharding=layout.rules.spec("batch", "seq", name, "head_dim"),
         )
         for heads, name in ((m.heads, "heads"), (m.kv_heads, "kv_heads"))
     )
@@ -66,7 +73,9 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
         return layer(x, context)[0]
 
     def core(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.attend(q, k, v, context.queries, context.keys, layout.rules, layout.attention)
+        return attention.attend(
+            q, k, v, context.queries, context.keys, layout.rules, layout.attention
+        )
 
     def products(layer: Any, x: jax.Array, o: jax.Array) -> tuple[jax.Array, ...]:
         a, mlp, x = layer.attention, layer.mlp, layout.enter(x)
@@ -80,9 +89,12 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
             layout.leave("BSF,DF->BSD", gate, layout.weight(mlp.down)),
         )
 
-    again = jax.checkpoint(one_layer, policy=remat_policy(config.memory))  # alone, XLA would merge it with its replay
+    again = jax.checkpoint(
+        one_layer, policy=remat_policy(config.memory)
+    )  # alone, XLA would merge it with its replay
     alone, whole, with_replay = (
-        both_ways(f, *arrays, turns=L) for f, *arrays in ((core, q, k, k), (one_layer, layer, x), (again, layer, x))
+        both_ways(f, *arrays, turns=L)
+        for f, *arrays in ((core, q, k, k), (one_layer, layer, x), (again, layer, x))
     )
     matmuls = both_ways(products, layer, x, q, turns=L)
     flops, tokens = counts.step_flops(config), config.train.batch_size * S
@@ -103,7 +115,9 @@ def head_part(model: Llama, config: Config, rate: float) -> Row:
     targets = jnp.zeros((B, S), jnp.int32, out_sharding=layout.rules.spec("batch", "seq"))
 
     def head(x: jax.Array, weight: jax.Array) -> jax.Array:
-        sums = loss.cross_entropy(x, weight, targets, layout.rules, config.loss.chunk, 0.0, layout.sum_dtype)
+        sums = loss.cross_entropy(
+            x, weight, targets, layout.rules, config.loss.chunk, 0.0, layout.sum_dtype
+        )
         return sums.objective
 
     alone = both_ways(head, x, enter(model, config).head_weight())
@@ -111,7 +125,8 @@ def head_part(model: Llama, config: Config, rate: float) -> Row:
 
 
 def optimizer_part(model: Llama, config: Config, bandwidth: float) -> Row:
-    """The update, in place. At the roofline AdamW reads parameter, gradient and two moments, and writes all but the
+    """The update, in place. At the roofline AdamW reads parameter, gradient and two moments, and
+    writes all but the
     gradient: 28 bytes a parameter."""
     optimizer = make_optimizer(config)
     state = jax.jit(optimizer.init)(model)
@@ -127,7 +142,8 @@ def optimizer_part(model: Llama, config: Config, bandwidth: float) -> Row:
 
 
 def in_place(function: Callable, carry: Any, *arrays: Any) -> float:
-    """Seconds of a function whose result takes the place of its first argument: no new memory is touched."""
+    """Seconds of a function whose result takes the place of its first argument: no new memory is
+    touched."""
     held, run = [carry], jax.jit(function, donate_argnums=0)
 
     def again() -> Any:
@@ -138,10 +154,13 @@ def in_place(function: Callable, carry: Any, *arrays: Any) -> float:
 
 
 def both_ways(function: Callable, *arrays: Any, turns: int = 1) -> float:
-    """Seconds of `turns` calls in one program of a function and of its gradient by all arguments, which adds up."""
+    """Seconds of `turns` calls in one program of a function and of its gradient by all arguments,
+    which adds up."""
 
     def once(gradient: Any, arrays: tuple) -> tuple[Any, Any]:
-        gradient, arrays = jax.lax.optimization_barrier((gradient, arrays))  # or XLA takes it out of the loop
+        gradient, arrays = jax.lax.optimization_barrier(
+            (gradient, arrays)
+        )  # or XLA takes it out of the loop
         result, pull = jax.vjp(function, *arrays)
         return result, pull(gradient)
 

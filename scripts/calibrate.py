@@ -3,9 +3,10 @@
   python scripts/calibrate.py --output=h100.toml              # on the machine itself; needs its GPU for nothing else
   python -m jaxpar.plan --hardware=h100.toml --devices=64 --config=...
 
-Matmuls of several widths, a copy of a large array, attention forward and backward as the layers call it, and with
-several devices an all-gather over all of them. Links between hosts are not measured. On GPUs that jaxpar knows, rates
-are shares of the peaks of their data sheets; elsewhere, on CPUs too, the peak is the best rate that was reached.
+Matmuls of several widths, a copy of a large array, attention forward and backward as the layers
+call it, and with several devices an all-gather over all of them. Links between hosts are not
+measured. On GPUs that jaxpar knows, rates are shares of the peaks of their data sheets; elsewhere,
+on CPUs too, the peak is the best rate that was reached.
 """
 
 import argparse
@@ -20,27 +21,31 @@ import jax.numpy as jnp
 import numpy as np
 from stopwatch import seconds
 
-from jaxpar import hardware
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig
-from jaxpar.matmul import einsum
+from jaxpar.estimate import hardware
+from jaxpar.kernels.matmul import einsum
 from jaxpar.sharding import Rules, make_mesh
 
 
 def matmul_rate(rows: int, narrow: int, dtype: str, repeats: int, turns: int = 8) -> float:
     """FLOP/s of [rows, rows] x [rows, narrow] and back, again and again."""
-    x, down, up = (jnp.full(shape, 1e-3, dtype) for shape in ((rows, rows), (rows, narrow), (narrow, rows)))
+    x, down, up = (
+        jnp.full(shape, 1e-3, dtype) for shape in ((rows, rows), (rows, narrow), (narrow, rows))
+    )
 
     @jax.jit
     def run(x, down, up):
-        return jax.lax.fori_loop(0, turns, lambda _, x: einsum("ab,bc->ac", einsum("ab,bc->ac", x, down), up), x)
+        return jax.lax.fori_loop(
+            0, turns, lambda _, x: einsum("ab,bc->ac", einsum("ab,bc->ac", x, down), up), x
+        )
 
     return turns * 4 * rows * rows * narrow / seconds(run, x, down, up, repeats=repeats)
 
 
 def fit(rates: dict[int, float]) -> tuple[float, float]:
-    """Rate of wide matmuls, and the width at which half of it is reached: seconds = (1 + half / width) / rate, fitted
-    by least squares relative to what was measured."""
+    """Rate of wide matmuls, and the width at which half of it is reached: seconds = (1 + half /
+    width) / rate, fitted by least squares relative to what was measured."""
     widths, measured = np.array(list(rates), float), np.array(list(rates.values()))
     columns = np.stack([np.ones_like(widths), 1 / widths], axis=1) * measured[:, None]
     (inverse, slope), *_ = np.linalg.lstsq(columns, np.ones_like(widths), rcond=None)
@@ -55,10 +60,13 @@ def copy_rate(size: int, repeats: int) -> float:
 
 
 def attention_rate(length: int, heads: int, dtype: str, repeats: int) -> float:
-    """FLOP/s of the causal half, forward and backward, of one sequence, as `counts.Flops` counts them."""
+    """FLOP/s of the causal half, forward and backward, of one sequence, as `counts.Flops` counts
+    them."""
     rules = Rules()
     heads_spec = rules.spec("batch", "seq", "heads", "head_dim")
-    q, k, v = (jax.device_put(jnp.full((1, length, heads, 128), 1e-2, dtype), heads_spec) for _ in range(3))
+    q, k, v = (
+        jax.device_put(jnp.full((1, length, heads, 128), 1e-2, dtype), heads_spec) for _ in range(3)
+    )
     info = TokenInfo(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
     queries = jax.device_put(info, rules.spec("batch", "seq"))
     keys = jax.device_put(info, rules.spec("batch", None))
@@ -74,7 +82,9 @@ def link_rate(size: int, repeats: int) -> float:
     """Bytes/s that a device sends in an all-gather of `size` bytes over all devices, in a ring."""
     n = len(jax.devices())
     mesh = jax.make_mesh((n,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
-    x = jax.device_put(jnp.ones((n, size // 4 // n), jnp.float32), jax.NamedSharding(mesh, jax.P("all")))
+    x = jax.device_put(
+        jnp.ones((n, size // 4 // n), jnp.float32), jax.NamedSharding(mesh, jax.P("all"))
+    )
     gather = jax.jit(lambda x: x + 0, out_shardings=jax.NamedSharding(mesh, jax.P()))
     return (n - 1) / n * size / seconds(gather, x, repeats=repeats)
 
@@ -101,7 +111,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str | float | int]:
     """The fields of the hardware file; writes the description of a known GPU beside it."""
     device, count = jax.devices()[0], len(jax.devices())
-    known = next((gpu for gpu in map(hardware.find, hardware.NAMES) if gpu.kind == device.device_kind), None)
+    known = next(
+        (gpu for gpu in map(hardware.find, hardware.NAMES) if gpu.kind == device.device_kind), None
+    )
     versions = f"jax {jax.__version__}, jaxlib {jax.lib.__version__}, {platform.platform()}"
     fields: dict[str, str | float | int] = {
         "measured": f"{datetime.date.today()} by scripts/calibrate.py on {count} x {device.device_kind}, {versions}"
@@ -115,28 +127,42 @@ def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str
         peak, bandwidth, link = found["best"], found["copy"], found.get("link", 1e9)
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = (device.memory_stats() or {}).get("bytes_limit", whole)
-        fields |= dict(kind=device.device_kind, memory_gib=limit / 2**30, memory_gbps=bandwidth / 1e9)
+        fields |= dict(
+            kind=device.device_kind, memory_gib=limit / 2**30, memory_gbps=bandwidth / 1e9
+        )
         fields |= dict(bfloat16_tflops=peak / 1e12, float32_tflops=peak / 1e12, network_gbps=1.0)
         fields |= dict(domain=count, host=count)
-    fields |= dict(link_gbps=link / 1e9, matmul_share=found["matmul"] / peak, matmul_half=found["half"])
+    fields |= dict(
+        link_gbps=link / 1e9, matmul_share=found["matmul"] / peak, matmul_half=found["half"]
+    )
     fields |= dict(attention_share=found["attention"] / peak, copy_share=found["copy"] / bandwidth)
     return fields | ({"link_share": found["link"] / link} if "link" in found else {})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="the TOML file to write")
     parser.add_argument("--rows", type=int, default=8192, help="of the matrices")
     parser.add_argument("--length", type=int, default=8192, help="of the sequence of attention")
     parser.add_argument("--heads", type=int, default=16, help="of attention")
-    parser.add_argument("--mib", type=int, default=1024, help="of the arrays that are copied and gathered")
+    parser.add_argument(
+        "--mib", type=int, default=1024, help="of the arrays that are copied and gathered"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     fields = describe(measure(options), options.output, options.dtype)
-    lines = [f"{name} = {json.dumps(round(v, 6) if isinstance(v, float) else v)}" for name, v in fields.items()]
+    lines = [
+        f"{name} = {json.dumps(round(v, 6) if isinstance(v, float) else v)}"
+        for name, v in fields.items()
+    ]
     options.output.write_text("\n".join(lines) + "\n")
-    print(f"wrote {options.output}: python -m jaxpar.plan --hardware={options.output} --devices=N --config=FILE")
+    print(
+        f"wrote {options.output}: python -m jaxpar.plan --hardware={options.output} --devices=N "
+        "--config=FILE"
+    )
 
 
 if __name__ == "__main__":

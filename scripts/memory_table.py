@@ -1,10 +1,12 @@
-"""Writes docs/memory.md: what XLA's GPU compiler says a training step holds and sends, on GPUs that are not there.
+"""Writes docs/memory.md: what XLA's GPU compiler says a training step holds and sends, on GPUs that
+are not there.
 
   make test ARGS="--co -q"     # once: puts the GPU compiler into .venv/gpu-compiler
   PYTHONPATH=.:.venv/gpu-compiler JAX_PLATFORMS=cpu python scripts/memory_table.py [--only=WORD] [--output=FILE]
 
-Every compilation runs in a process of its own, because XLA aborts where it meets what it cannot do. A case that fails
-or takes longer than --timeout seconds leaves its row empty and says why under its table.
+Every compilation runs in a process of its own, because XLA aborts where it meets what it cannot do.
+A case that fails or takes longer than --timeout seconds leaves its row empty and says why under its
+table.
 """
 
 import argparse
@@ -24,8 +26,11 @@ ROOT = Path(__file__).parents[1]
 POLICIES = ("none", "dots", "attention", "full")
 
 
-def case(config: str, mesh: dict[str, int], *, gpu: str = "h100", topology: str = "1x1x8", **groups: Any) -> dict:
-    """What one process compiles: a file of configs/, changed by `groups`, for a mesh of absent GPUs."""
+def case(
+    config: str, mesh: dict[str, int], *, gpu: str = "h100", topology: str = "1x1x8", **groups: Any
+) -> dict:
+    """What one process compiles: a file of configs/, changed by `groups`, for a mesh of absent
+    GPUs."""
     return dict(config=config, mesh=mesh, gpu=gpu, topology=topology, groups=groups)
 
 
@@ -33,10 +38,10 @@ def compile_case(spec: dict) -> dict[str, Any]:
     """Compiles one case in this process."""
     import jax
 
-    from jaxpar import counts, hardware, memory, timing
     from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
     from jaxpar.config import MeshConfig
-    from jaxpar.hlo import collectives
+    from jaxpar.estimate import counts, hardware, memory, timing
+    from jaxpar.report.hlo import collectives
     from jaxpar.sharding import make_mesh
     from jaxpar.validation import resolve, validate_mesh
 
@@ -69,7 +74,11 @@ def compile_case(spec: dict) -> dict[str, Any]:
         params=str(jax.tree.leaves(state.model)[0].dtype),
         zero=any("data" in str(spec) for spec in optimizer),
         kept=config.model.layers
-        * sum(size for name, size in memory.activation_bytes(config, sizes).items() if name in config.memory.kept),
+        * sum(
+            size
+            for name, size in memory.activation_bytes(config, sizes).items()
+            if name in config.memory.kept
+        ),
         again=sum(timing.recomputed(config).values()) / counts.step_flops(config).per_token,
     )
 
@@ -86,14 +95,19 @@ class Runner:
             return None
         command = [sys.executable, __file__, f"--one={json.dumps(spec)}"]
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, env=os.environ)
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=self.timeout, env=os.environ
+            )
         except subprocess.TimeoutExpired:
             return self._fail(name, f"took longer than {self.timeout:.0f} s")
         if run.returncode:
             last = [line for line in run.stderr.splitlines() if line.strip()]
             return self._fail(name, last[-1][:200] if last else f"exit code {run.returncode}")
         result = json.loads(run.stdout.splitlines()[-1])
-        print(f"{name}: peak {gib(result['peak'])} GiB, compiled in {result['seconds']:.0f} s", file=sys.stderr)
+        print(
+            f"{name}: peak {gib(result['peak'])} GiB, compiled in {result['seconds']:.0f} s",
+            file=sys.stderr,
+        )
         return result
 
     def _fail(self, name: str, why: str) -> None:
@@ -114,33 +128,65 @@ def policies(run: Runner) -> str:
     """Llama 3 8B under each policy."""
     rows = []
     memories = [dict(remat=policy) for policy in POLICIES]
-    memories += [dict(remat="full", offload="residual"), dict(remat="full", offload="residual,optimizer")]
+    memories += [
+        dict(remat="full", offload="residual"),
+        dict(remat="full", offload="residual,optimizer"),
+    ]
     for memory in memories:
         name = " ".join(f"{field}={value}" for field, value in memory.items())
-        found = run(f"policies {name}", case("llama3_8b", dict(fsdp=8), train=dict(batch_size=8), memory=memory))
+        found = run(
+            f"policies {name}",
+            case("llama3_8b", dict(fsdp=8), train=dict(batch_size=8), memory=memory),
+        )
         if found:
             more = f"{found['again']:.1%}"
             rows.append(
-                [f"`{name}`", gib(found["kept"]), gib(found["temp"]), gib(found["peak"]), gib(found["host"]), more]
+                [
+                    f"`{name}`",
+                    gib(found["kept"]),
+                    gib(found["temp"]),
+                    gib(found["peak"]),
+                    gib(found["host"]),
+                    more,
+                ]
             )
-    return table("memory | kept, GiB | temporary, GiB | peak, GiB | in host memory, GiB | FLOPs more", rows)
+    return table(
+        "memory | kept, GiB | temporary, GiB | peak, GiB | in host memory, GiB | FLOPs more", rows
+    )
 
 
 def article(run: Runner) -> str:
     """The five runs of the article that jaxpar grew from."""
-    half = dict(memory=dict(remat="dots"), precision=dict(params="bfloat16", grad_reduce="bfloat16"))
+    half = dict(
+        memory=dict(remat="dots"), precision=dict(params="bfloat16", grad_reduce="bfloat16")
+    )
     small = dict(train=dict(batch_size=128), **half)
     double = dict(train=dict(batch_size=256), **half)
-    long = dict(model=dict(vocab_size=50258), data=dict(sequence_length=10_000), train=dict(batch_size=4), **half)
+    long = dict(
+        model=dict(vocab_size=50258),
+        data=dict(sequence_length=10_000),
+        train=dict(batch_size=4),
+        **half,
+    )
     large = dict(train=dict(batch_size=2), memory=dict(remat="full"), precision=half["precision"])
     one, two = dict(gpu="a40", topology="1x1x1"), dict(gpu="a40", topology="1x1x2")
     zero = dict(parallel=dict(optimizer_sharding="data"))
     runs = [
         ("246M, 128 x 256", 35.37, 17.7, case("seed_246m", {}, **one, **small)),
         ("246M, 256 x 256, DDP 2", 35.86, 17.9, case("seed_246m", dict(data=2), **two, **double)),
-        ("246M, 256 x 256, DDP 2, ZeRO", 35.37, 17.7, case("seed_246m", dict(data=2), **two, **double, **zero)),
+        (
+            "246M, 256 x 256, DDP 2, ZeRO",
+            35.37,
+            17.7,
+            case("seed_246m", dict(data=2), **two, **double, **zero),
+        ),
         ("7.26B, 2 x 256, FSDP 2", 36.33, 31.0, case("seed_7b", dict(fsdp=2), **two, **large)),
-        ("246M, 4 x 10,000, tensor 2", 30.85, 15.4, case("seed_246m", dict(tensor=2), **two, **long)),
+        (
+            "246M, 4 x 10,000, tensor 2",
+            30.85,
+            15.4,
+            case("seed_246m", dict(tensor=2), **two, **long),
+        ),
     ]
     rows = []
     for name, measured, target, spec in runs:
@@ -156,27 +202,54 @@ def peer(run: Runner) -> str:
     """The cases of MaxText 0.2.5."""
     eight, hosts = dict(topology="1x1x8"), dict(topology="8x1x8")
 
-    def sized(config: str, sequences: int, mesh: dict[str, int], remat: str = "full", **more: Any) -> dict:
+    def sized(
+        config: str, sequences: int, mesh: dict[str, int], remat: str = "full", **more: Any
+    ) -> dict:
         train = dict(batch_size=sequences, microbatches=more.pop("microbatches", 1))
         precision = dict(grad_reduce="bfloat16")  # the peer's
-        return case(config, mesh, train=train, memory=dict(remat=remat), precision=precision, **more)
+        return case(
+            config, mesh, train=train, memory=dict(remat=remat), precision=precision, **more
+        )
 
     zero = dict(optimizer_sharding="data")
     four = dict(model=dict(layers=4), data=dict(sequence_length=4096))
     runs: list[tuple[str, tuple, dict]] = [
-        ("Llama 3 8B, fsdp 8, 1 x 8192", (23.3, 28_628, 15_316, ""), sized("llama3_8b", 8, dict(fsdp=8), **eight)),
-        ("Llama 3 8B, fsdp 64", (7.9, 28_628, 15_316, ""), sized("llama3_8b", 64, dict(fsdp=64), **hosts)),
+        (
+            "Llama 3 8B, fsdp 8, 1 x 8192",
+            (23.3, 28_628, 15_316, ""),
+            sized("llama3_8b", 8, dict(fsdp=8), **eight),
+        ),
+        (
+            "Llama 3 8B, fsdp 64",
+            (7.9, 28_628, 15_316, ""),
+            sized("llama3_8b", 64, dict(fsdp=64), **hosts),
+        ),
         (
             "Llama 3 70B, fsdp 8 x tensor 8",
             (44.6, 937_333, 428_469, ""),
             sized("llama3_70b", 64, dict(fsdp=8, tensor=8), **hosts),
         ),
-        ("Llama 3 70B, fsdp 64", (37.1, 265_128, 134_568, ""), sized("llama3_70b", 64, dict(fsdp=64), **hosts)),
-        ("Llama 2 7B, fsdp 8, 2 x 4096", (19.3, 25_205, 12_853, ""), sized("llama2_7b", 16, dict(fsdp=8), **eight)),
+        (
+            "Llama 3 70B, fsdp 64",
+            (37.1, 265_128, 134_568, ""),
+            sized("llama3_70b", 64, dict(fsdp=64), **hosts),
+        ),
+        (
+            "Llama 2 7B, fsdp 8, 2 x 4096",
+            (19.3, 25_205, 12_853, ""),
+            sized("llama2_7b", 16, dict(fsdp=8), **eight),
+        ),
         (
             "Llama 2 7B, pipeline 4 x fsdp 2, 2 x 4096, 8 microbatches",
             (18.9, 51_976, 26_113, ""),
-            sized("llama2_7b", 16, dict(pipeline=4, fsdp=2), microbatches=8, parallel=dict(gather="per_step"), **eight),
+            sized(
+                "llama2_7b",
+                16,
+                dict(pipeline=4, fsdp=2),
+                microbatches=8,
+                parallel=dict(gather="per_step"),
+                **eight,
+            ),
         ),
         (
             "4 layers of Llama 2 7B, data 8, 4 microbatches",
@@ -205,9 +278,7 @@ def peer(run: Runner) -> str:
                     *_pair(reduced, mib.get("all-reduce")),
                 ]
             )
-    header = (
-        "case | peak, GiB: MaxText | jaxpar | ratio | all-gather, MiB: MaxText | jaxpar | reduce-scatter, MiB: MaxText"
-    )
+    header = "case | peak, GiB: MaxText | jaxpar | ratio | all-gather, MiB: MaxText | jaxpar | reduce-scatter, MiB: MaxText"
     return table(header + " | jaxpar | all-reduce, MiB: MaxText | jaxpar", rows)
 
 
@@ -256,17 +327,27 @@ not known: there jaxpar has one of 4096 a microbatch and device. The peer's ZeRO
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help="compile this case (JSON) and print its figures; what the subprocesses run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--one", help="compile this case (JSON) and print its figures; what the subprocesses run"
+    )
     parser.add_argument("--only", default="", help="only the cases whose name has this word")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a compilation may take")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "memory.md", help="the page to write")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds a compilation may take"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "memory.md", help="the page to write"
+    )
     options = parser.parse_args()
     if options.one:
         print(json.dumps(compile_case(json.loads(options.one))))
         return
     run = Runner(options.timeout, options.only)
-    sections: dict[str, Callable[[Runner], str]] = dict(policies=policies, article=article, peer=peer)
+    sections: dict[str, Callable[[Runner], str]] = dict(
+        policies=policies, article=article, peer=peer
+    )
     filled = {}
     for name, section in sections.items():
         run.failed.clear()

@@ -1,9 +1,12 @@
-"""Times the schedules of a pipeline side by side on simulated devices: `1f1b` against `gpipe` with the same remat.
+"""Times the schedules of a pipeline side by side on simulated devices: `1f1b` against `gpipe` with
+the same remat.
 
-  PYTHONPATH=. python scripts/pipeline_speed.py [--stages=4] [--microbatches=8] [--repeats=7] [--remat=full]
+  PYTHONPATH=. python scripts/pipeline_speed.py [--stages=4] [--microbatches=8] [--repeats=7]
+  [--remat=full]
 
-Steps of the two take turns, so that what else the machine does hits both alike; medians are printed as JSON. Simulated
-devices share the machine's cores: this compares the work that the schedules do and not how well stages overlap.
+Steps of the two take turns, so that what else the machine does hits both alike; medians are printed
+as JSON. Simulated devices share the machine's cores: this compares the work that the schedules do
+and not how well stages overlap.
 """
 
 import argparse
@@ -14,12 +17,11 @@ import time
 import jax
 import numpy as np
 
-from jaxpar import data
 from jaxpar.config import MeshConfig, configure
+from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.parallel.timetable import describe, timetable
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, make_train_step
-from jaxpar.timetable import describe, timetable
-from jaxpar.train import batch_sharding
 from jaxpar.validation import resolve, validate_mesh
 
 
@@ -44,8 +46,8 @@ def make_run(options: argparse.Namespace, schedule: str):
         shape = (options.microbatches, 2, 128)
         tokens = np.random.default_rng(0).integers(0, 4096, shape, np.int32)
         positions = np.broadcast_to(np.arange(128, dtype=np.int32), shape)
-        batch = data.Batch(tokens, np.roll(tokens, -1, -1), positions, np.ones(shape, np.int32))
-        placed = data.global_batch(batch, batch_sharding(config, mesh)[0], zigzag=False)
+        batch = Batch(tokens, np.roll(tokens, -1, -1), positions, np.ones(shape, np.int32))
+        placed = global_batch(batch, batch_sharding(config, mesh), zigzag=False)
 
     def run() -> tuple[float, float]:
         nonlocal state
@@ -60,7 +62,9 @@ def make_run(options: argparse.Namespace, schedule: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("stages", 4), ("microbatches", 8), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--remat", default="full")
@@ -76,7 +80,14 @@ def main() -> None:
     medians = {schedule: statistics.median(found) for schedule, found in seconds.items()}
     print(describe(timetable("1f1b", options.stages, options.microbatches)))
     print(
-        json.dumps(dict(vars(options), median_seconds=medians, ratio=medians["1f1b"] / medians["gpipe"], loss=losses))
+        json.dumps(
+            dict(
+                vars(options),
+                median_seconds=medians,
+                ratio=medians["1f1b"] / medians["gpipe"],
+                loss=losses,
+            )
+        )
     )
 
 

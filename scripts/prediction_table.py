@@ -1,4 +1,5 @@
-"""Writes docs/predictions.md: what `plan` predicts beside what XLA's GPU compiler says, for GPUs that are not there.
+"""Writes docs/predictions.md: what `plan` predicts beside what XLA's GPU compiler says, for GPUs
+that are not there.
 
   make test ARGS="--co -q"     # once: puts the GPU compiler into .venv/gpu-compiler
   PYTHONPATH=.:.venv/gpu-compiler python scripts/prediction_table.py [--only=WORD] [--output=FILE] [--cache=FILE]
@@ -18,13 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxpar.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import step_flops
-from jaxpar.hardware import find
-from jaxpar.memory import RESERVE, peak_memory
-from jaxpar.ranking import best_of_each_mesh, rank
-from jaxpar.traffic import by_axes, transfers
+from jaxpar.estimate.counts import step_flops
+from jaxpar.estimate.hardware import find
+from jaxpar.estimate.memory import RESERVE, peak_memory
+from jaxpar.estimate.ranking import best_of_each_mesh, rank
+from jaxpar.estimate.traffic import by_axes, transfers
+from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.validation import resolve, validate_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,9 @@ class Case:
     gpu: str
 
     def key(self) -> str:
-        return json.dumps([dataclasses.asdict(self.config), dataclasses.asdict(self.mesh), self.gpu])
+        return json.dumps(
+            [dataclasses.asdict(self.config), dataclasses.asdict(self.mesh), self.gpu]
+        )
 
 
 def case(
@@ -63,7 +66,10 @@ def case(
     raw = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]()
     sizes = MeshConfig(**mesh)
     size = batch * microbatches * sizes.batch_shards
-    groups = dict(train=dict(batch_size=size, microbatches=microbatches), memory=dict(remat=remat)) | groups
+    groups = (
+        dict(train=dict(batch_size=size, microbatches=microbatches), memory=dict(remat=remat))
+        | groups
+    )
     for group, fields in groups.items():
         raw[group].update(fields)
     config = resolve(raw)
@@ -82,16 +88,40 @@ def cases() -> list[Case]:
         found.append(case("llama3_8b", 1, dict(fsdp=8), remat=remat))
         found.append(case("llama2_7b", 2, dict(fsdp=4, tensor=2), remat=remat))
         found.append(case("seed_246m", 64, {}, remat=remat, gpu="a40"))
-        found.append(case("llama2_7b", 8, {}, remat=remat, model=M100, data=dict(sequence_length=1024)))
+        found.append(
+            case("llama2_7b", 8, {}, remat=remat, model=M100, data=dict(sequence_length=1024))
+        )
     for remat in ("none", "attention"):
-        found.append(case("llama2_7b", 4, dict(data=8), remat=remat, model=B1, data=dict(sequence_length=2048)))
+        found.append(
+            case(
+                "llama2_7b", 4, dict(data=8), remat=remat, model=B1, data=dict(sequence_length=2048)
+            )
+        )
         found.append(case("llama3_8b", 1, dict(fsdp=2, sequence=4), remat=remat))
     zero = dict(optimizer_sharding="data")
     found += [
-        case("llama2_7b", 2, dict(data=8), model=B1, data=dict(sequence_length=2048), parallel=zero, microbatches=4),
+        case(
+            "llama2_7b",
+            2,
+            dict(data=8),
+            model=B1,
+            data=dict(sequence_length=2048),
+            parallel=zero,
+            microbatches=4,
+        ),
         case("llama2_7b", 2, dict(data=2, fsdp=4), model=B3, microbatches=4),
-        case("llama2_7b", 2, dict(data=2, fsdp=4), model=B3, microbatches=4, parallel=zero, remat="dots"),
-        case("llama2_7b", 2, dict(fsdp=8), model=B3, microbatches=2, parallel=dict(gather="per_step")),
+        case(
+            "llama2_7b",
+            2,
+            dict(data=2, fsdp=4),
+            model=B3,
+            microbatches=4,
+            parallel=zero,
+            remat="dots",
+        ),
+        case(
+            "llama2_7b", 2, dict(fsdp=8), model=B3, microbatches=2, parallel=dict(gather="per_step")
+        ),
         case("llama2_7b", 1, dict(tensor=8), model=B3 | dict(heads=24, kv_heads=24, head_dim=128)),
         case("llama2_7b", 1, dict(fsdp=2), model=B3, gpu="a100-40gb"),
         case("llama2_7b", 2, dict(fsdp=8), microbatches=2, gpu="a100-80gb", precision=half),
@@ -122,7 +152,14 @@ def cases() -> list[Case]:
 def pipelined() -> list[Case]:
     """2, 4 and 8 stages, 1 and 2 chunks, with every other axis."""
 
-    def found(file: str, batch: int, mesh: dict[str, int], microbatches: int, chunks: int = 1, **groups: Any) -> Case:
+    def found(
+        file: str,
+        batch: int,
+        mesh: dict[str, int],
+        microbatches: int,
+        chunks: int = 1,
+        **groups: Any,
+    ) -> Case:
         parallel = dict(chunks=chunks) | groups.pop("parallel", {})
         return case(file, batch, mesh, microbatches=microbatches, parallel=parallel, **groups)
 
@@ -135,12 +172,25 @@ def pipelined() -> list[Case]:
         found("llama2_7b", 1, dict(pipeline=8), 8, remat="attention", **small),
         found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3),
         found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=per_step),
-        found("llama2_7b", 1, dict(pipeline=2, data=2, fsdp=2), 4, 2, model=B3, parallel=per_step, remat="none"),
-        found("llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=dict(schedule="gpipe")),
+        found(
+            "llama2_7b",
+            1,
+            dict(pipeline=2, data=2, fsdp=2),
+            4,
+            2,
+            model=B3,
+            parallel=per_step,
+            remat="none",
+        ),
+        found(
+            "llama2_7b", 1, dict(pipeline=2, fsdp=4), 4, model=B3, parallel=dict(schedule="gpipe")
+        ),
         found("llama3_8b", 1, dict(pipeline=8), 16),
         found("llama3_8b", 1, dict(pipeline=8), 16, 2),
         found("llama3_8b", 1, dict(pipeline=2, tensor=4), 8, remat="none"),
-        found("llama3_8b", 1, dict(pipeline=4, tensor=2), 8, 2, parallel=dict(sequence_parallel=False)),
+        found(
+            "llama3_8b", 1, dict(pipeline=4, tensor=2), 8, 2, parallel=dict(sequence_parallel=False)
+        ),
         found("llama3_8b", 1, dict(pipeline=2, sequence=4), 4),
         found("llama3_8b", 1, dict(pipeline=2, fsdp=2, tensor=2), 8, 4),
         found("llama3_8b", 1, dict(pipeline=4, fsdp=2), 8, 2, remat="attention"),
@@ -169,12 +219,16 @@ class Compiled:
         if key not in self._kept:
             gpu = find(found.gpu)
             target = Target(gpu, gpu.topology(found.mesh.devices))
-            report = compile_report(found.config, dataclasses.asdict(found.mesh), target, self._timeout)
+            report = compile_report(
+                found.config, dataclasses.asdict(found.mesh), target, self._timeout
+            )
             sent: dict[str, int] = {}
             for row in report["collectives"]:
                 axes = "+".join(row["axes"])
                 sent[axes] = sent.get(axes, 0) + row["bytes"]
-            self._kept[key] = dict(memory=report["memory"], sent=sent, seconds=report["compile_seconds"])
+            self._kept[key] = dict(
+                memory=report["memory"], sent=sent, seconds=report["compile_seconds"]
+            )
             if self._file:
                 self._file.write_text(json.dumps(self._kept))
         return self._kept[key]
@@ -209,19 +263,28 @@ def against_compiler(compiled: Compiled, only: str) -> str:
     head = "model | GPUs | mesh | remat | with | predicted peak, GiB | compiled, GiB | off | bytes by axes, off"
     sizes = sorted(map(abs, errors))
     summary = (
-        f"{len(rows)} configurations. Peak: median of the absolute errors **{statistics.median(sizes):.1%}**, 90th "
-        f"percentile **{sizes[math.ceil(0.9 * len(sizes)) - 1]:.1%}**, largest {sizes[-1]:.1%}. Bytes by axes: largest "
+        f"{len(rows)} configurations. Peak: median of the absolute errors "
+        f"**{statistics.median(sizes):.1%}**, 90th "
+        f"percentile **{sizes[math.ceil(0.9 * len(sizes)) - 1]:.1%}**, largest {sizes[-1]:.1%}. "
+        "Bytes by axes: largest "
         f"error of {len(traffic)} **{max(map(abs, traffic)):.1%}**."
     )
     return "\n\n".join([summary, table(head, rows), *failed])
 
 
 PUBLISHED = {
-    ("llama3_8b", 8): "torchtitan: 5,762 to 8,532 tokens/s (bf16 to fp8); Megatron-Bridge, fp8: 14,451",
+    (
+        "llama3_8b",
+        8,
+    ): "torchtitan: 5,762 to 8,532 tokens/s (bf16 to fp8); Megatron-Bridge, fp8: 14,451",
     ("llama3_70b", 64): "Megatron-Bridge, fp8: 1,602 tokens/s; torchtitan, 256 GPUs: 597 to 652",
-    ("llama3_405b", 1024): "Megatron-Bridge, fp8: 292 tokens/s; torchtitan, fp8, 512 GPUs: 100 to 128",
+    (
+        "llama3_405b",
+        1024,
+    ): "Megatron-Bridge, fp8: 292 tokens/s; torchtitan, fp8, 512 GPUs: 100 to 128",
 }
-"""Of others on H100s, per GPU: torchtitan's `benchmarks/`, Megatron-Bridge's performance summary 25.11."""
+"""Of others on H100s, per GPU: torchtitan's `benchmarks/`, Megatron-Bridge's performance summary
+25.11."""
 
 
 def settings(found: Case) -> str:
@@ -259,7 +322,13 @@ def best_meshes(compiled: Compiled, only: str) -> str:
                 break
         tokens = step_flops(best.config).tokens / best.seconds / devices
         how = f"{best.mesh}, {best.config.train.microbatches} microbatches, remat {best.config.memory.remat}"
-        figures = [gib(best.peak.total), gib(peak), f"{best.seconds:.1f}", f"{tokens:,.0f}", f"{best.mfu(gpu):.0%}"]
+        figures = [
+            gib(best.peak.total),
+            gib(peak),
+            f"{best.seconds:.1f}",
+            f"{tokens:,.0f}",
+            f"{best.mfu(gpu):.0%}",
+        ]
         rows.append([name, str(devices), how, *figures, published])
     head = "config | H100s | best mesh | predicted peak, GiB | compiled, GiB | predicted step, s | predicted tokens/s"
     return table(head + " a GPU | predicted MFU | published, by others, a GPU", rows)
@@ -290,7 +359,7 @@ workspace of cuDNN's attention.
 
 {compiler}
 
-The arithmetic has five constants that stand for what XLA makes of a step (`jaxpar/memory.py`); they were chosen on most
+The arithmetic has five constants that stand for what XLA makes of a step (`jaxpar/estimate/memory.py`); they were chosen on most
 of these configurations, so the errors are not those of a blind test. The three rows before the pipelines were added
 after that: with many sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a
 pipeline holds follows from the program, but for two things that were read off these rows: GPipe has its gradients
@@ -305,7 +374,7 @@ take; here it is counted in every tick on both sides, because the compiled text 
 {best}
 
 The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention once. Times rest on
-shares of peaks that were not measured with jaxpar (`jaxpar/hardware.py` lists them), and on the assumption that traffic
+shares of peaks that were not measured with jaxpar (`jaxpar/estimate/hardware.py` lists them), and on the assumption that traffic
 which nothing waits for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
 `scripts/calibrate.py` measures those shares on a machine and writes them as a hardware file, which `--hardware` takes;
 there was no GPU to run it on, only a CPU, where it was tried.
@@ -314,11 +383,19 @@ Mixture-of-experts models (Mixtral) are not built yet, so there is no row for on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="only the configs whose name has this word")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a compilation may take")
-    parser.add_argument("--cache", type=Path, help="keep what was compiled in this file, and read it from there")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "predictions.md", help="the page to write")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds that a compilation may take"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="keep what was compiled in this file, and read it from there"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "predictions.md", help="the page to write"
+    )
     options = parser.parse_args()
     check_gpu_compiler()
     compiled = Compiled(options.cache, options.timeout)

@@ -1,7 +1,8 @@
 """A plain Llama in PyTorch and its training step: what `bench_step.py` runs beside jaxpar.
 
-As one writes it with PyTorch's own parts: `nn.Linear`, `F.rms_norm`, `scaled_dot_product_attention` (flash where the
-device has it), `F.cross_entropy` on the whole logits, fused AdamW, autocast for bfloat16.
+As one writes it with PyTorch's own parts: `nn.Linear`, `F.rms_norm`, `scaled_dot_product_attention`
+(flash where the device has it), `F.cross_entropy` on the whole logits, fused AdamW, autocast for
+bfloat16.
 """
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, ffn_dim: int, eps: float):
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, ffn_dim: int, eps: float
+    ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.eps = heads, kv_heads, head_dim, eps
         self.attention_norm, self.mlp_norm = (nn.Parameter(torch.ones(dim)) for _ in range(2))
@@ -28,10 +31,16 @@ class Block(nn.Module):
 
         def rotate(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+                x.dtype
+            )
 
         normed = F.rms_norm(x_BSD, x_BSD.shape[-1:], self.attention_norm, self.eps)
-        q, k, v = rotate(split(self.query(normed))), rotate(split(self.key(normed))), split(self.value(normed))
+        q, k, v = (
+            rotate(split(self.query(normed))),
+            rotate(split(self.key(normed))),
+            split(self.value(normed)),
+        )
         grouped = self.kv_heads != self.heads
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         x_BSD = x_BSD + self.out(o.transpose(1, 2).flatten(2))
@@ -44,21 +53,35 @@ class Llama(nn.Module):
 
     def __init__(self, model: dict):
         super().__init__()
-        sizes = (model["dim"], model["heads"], model["kv_heads"], model["head_dim"], model["ffn_dim"])
+        sizes = (
+            model["dim"],
+            model["heads"],
+            model["kv_heads"],
+            model["head_dim"],
+            model["ffn_dim"],
+        )
         self.embedding = nn.Embedding(model["vocab_size"], model["dim"])
-        self.layers = nn.ModuleList(Block(*sizes, model["norm_eps"]) for _ in range(model["layers"]))
+        self.layers = nn.ModuleList(
+            Block(*sizes, model["norm_eps"]) for _ in range(model["layers"])
+        )
         self.norm = nn.Parameter(torch.ones(model["dim"]))
         self.head = nn.Linear(model["dim"], model["vocab_size"], bias=False)
         if model["tie_embeddings"]:
             self.head.weight = self.embedding.weight
-        self.theta, self.head_dim, self.eps = model["rope_theta"], model["head_dim"], model["norm_eps"]
+        self.theta, self.head_dim, self.eps = (
+            model["rope_theta"],
+            model["head_dim"],
+            model["norm_eps"],
+        )
         for weight in self.parameters():
             if weight.ndim > 1:
                 nn.init.normal_(weight, std=model["init_std"])
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
         exponents = torch.arange(0, self.head_dim, 2, device=tokens_BS.device) / self.head_dim
-        angles = torch.outer(torch.arange(tokens_BS.shape[1], device=tokens_BS.device), self.theta**-exponents)
+        angles = torch.outer(
+            torch.arange(tokens_BS.shape[1], device=tokens_BS.device), self.theta**-exponents
+        )
         x_BSD, cos, sin = self.embedding(tokens_BS), angles.cos(), angles.sin()
         for layer in self.layers:
             x_BSD = layer(x_BSD, cos, sin)
@@ -67,13 +90,19 @@ class Llama(nn.Module):
 
 
 def make_step(config: dict, device: str, *, compiled: bool):
-    """`step(tokens, targets) -> loss`, one AdamW update of float32 masters. `config`: jaxpar's, as mappings."""
+    """`step(tokens, targets) -> loss`, one AdamW update of float32 masters. `config`: jaxpar's, as
+    mappings."""
     model, o = Llama(config["model"]).to(device), config["optimizer"]
     assert o["name"] == "adamw"
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
-    groups = [dict(params=matrices, weight_decay=o["weight_decay"]), dict(params=vectors, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, o["learning_rate"], (o["beta1"], o["beta2"]), o["eps"], fused=True)
+    groups = [
+        dict(params=matrices, weight_decay=o["weight_decay"]),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    adamw = torch.optim.AdamW(
+        groups, o["learning_rate"], (o["beta1"], o["beta2"]), o["eps"], fused=True
+    )
     forward = torch.compile(model) if compiled else model
     dtype = getattr(torch, config["precision"]["compute"])
 

@@ -1,10 +1,11 @@
-"""Writes docs/xla_options.md: what each XLA option changes in the compiled step of Llama 3 8B, on GPUs that are absent,
-and what jaxpar's options for CPUs change on this machine.
+"""Writes docs/xla_options.md: what each XLA option changes in the compiled step of Llama 3 8B, on
+GPUs that are absent, and what jaxpar's options for CPUs change on this machine.
 
-  PYTHONPATH=.:.venv/gpu-compiler JAX_PLATFORMS=cpu python scripts/xla_options_table.py [--only=gpu | --only=cpu]
+  PYTHONPATH=.:.venv/gpu-compiler JAX_PLATFORMS=cpu python scripts/xla_options_table.py [--only=gpu
+  | --only=cpu]
 
-A collective is covered where its schedule has a matmul or attention between its start and its end: that is what the
-compiler arranges, not what a GPU takes.
+A collective is covered where its schedule has a matmul or attention between its start and its end:
+that is what the compiler arranges, not what a GPU takes.
 """
 
 import datetime
@@ -23,16 +24,29 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-PIPELINED = [f"xla_gpu_enable_pipelined_{kind}=true" for kind in ("all_gather", "reduce_scatter", "all_reduce")]
-COMBINE = [f"xla_gpu_{kind}_combine_threshold_bytes=536870912" for kind in ("all_gather", "reduce_scatter")]
+PIPELINED = [
+    f"xla_gpu_enable_pipelined_{kind}=true"
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+]
+COMBINE = [
+    f"xla_gpu_{kind}_combine_threshold_bytes=536870912" for kind in ("all_gather", "reduce_scatter")
+]
 CASES: list[tuple[str, list[str], str]] = [
     ("XLA's own defaults", [], ""),
     ("latency-hiding scheduler off", ["xla_gpu_enable_latency_hiding_scheduler=false"], "yes: on"),
     (f"`{PIPELINED[0]}`", PIPELINED[:1], "no"),
     ("`..._pipelined_all_gather`, `_reduce_scatter` and `_all_reduce`", PIPELINED, "no"),
-    ("`xla_gpu_enable_while_loop_double_buffering=true`", ["xla_gpu_enable_while_loop_double_buffering=true"], "no"),
+    (
+        "`xla_gpu_enable_while_loop_double_buffering=true`",
+        ["xla_gpu_enable_while_loop_double_buffering=true"],
+        "no",
+    ),
     ("gathers and scatters combined up to 512 MiB", COMBINE, "no"),
-    ("`xla_gpu_enable_triton_gemm=false`", ["xla_gpu_enable_triton_gemm=false"], "no: the autotuner picks"),
+    (
+        "`xla_gpu_enable_triton_gemm=false`",
+        ["xla_gpu_enable_triton_gemm=false"],
+        "no: the autotuner picks",
+    ),
 ]
 
 
@@ -40,11 +54,12 @@ TENSOR_CASES = [("XLA's own defaults", []), ("the three pipelined options", PIPE
 
 
 def compile_case(tensor: bool) -> dict[str, float]:
-    """Compiles a step in this process: Llama 3 8B on fsdp 8, or with `tensor` Llama 3 70B on fsdp 8 x tensor 8."""
+    """Compiles a step in this process: Llama 3 8B on fsdp 8, or with `tensor` Llama 3 70B on fsdp 8
+    x tensor 8."""
     from jaxpar.compile import absent_gpus, compile_train_step
     from jaxpar.config import MeshConfig
-    from jaxpar.hardware import find
-    from jaxpar.hlo import collectives
+    from jaxpar.estimate.hardware import find
+    from jaxpar.report.hlo import collectives
     from jaxpar.sharding import make_mesh
     from jaxpar.validation import resolve
 
@@ -59,14 +74,21 @@ def compile_case(tensor: bool) -> dict[str, float]:
     stats = compiled.memory_analysis()
     assert stats is not None
     covered, bare = in_loops(compiled.as_text())
-    scattered = sum(c.bytes * c.count for c in collectives(compiled.as_text(), mesh) if c.kind == "reduce-scatter")
+    scattered = sum(
+        c.bytes * c.count
+        for c in collectives(compiled.as_text(), mesh)
+        if c.kind == "reduce-scatter"
+    )
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return dict(peak=peak + stats.temp_size_in_bytes, covered=covered, bare=bare, scattered=scattered)
+    return dict(
+        peak=peak + stats.temp_size_in_bytes, covered=covered, bare=bare, scattered=scattered
+    )
 
 
 def in_loops(text: str) -> tuple[float, float]:
-    """MiB of one turn of the loops over layers that asynchronous collectives send with and without work beside them."""
-    from jaxpar.hlo import ITEMSIZE
+    """MiB of one turn of the loops over layers that asynchronous collectives send with and without
+    work beside them."""
+    from jaxpar.report.hlo import ITEMSIZE
 
     sizes = "|".join(ITEMSIZE)
     mib = {True: 0.0, False: 0.0}
@@ -76,17 +98,26 @@ def in_loops(text: str) -> tuple[float, float]:
         if lines[0].startswith("ENTRY"):
             continue
         for at, line in enumerate(lines):
-            made = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)-(start|done)\((.*)", line)
+            made = re.match(
+                r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)-(start|done)\((.*)", line
+            )
             if not made:
                 continue
             name, result, _, end, operands = made.groups()
             if end == "start":
                 shapes = re.findall(rf"\b({sizes})\[([\d,]*)\]", result)
-                parts = [ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes]
+                parts = [
+                    ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+                    for dtype, dims in shapes
+                ]
                 started[name] = at, max(parts, default=0) / 2**20
-            elif found := [name for name in re.findall(r"%([\w.\-]+)", operands) if name in started]:
+            elif found := [
+                name for name in re.findall(r"%([\w.\-]+)", operands) if name in started
+            ]:
                 begin, size = started.pop(found[0])
-                mib[any(re.search("gemm|cublas|fmha", between) for between in lines[begin + 1 : at])] += size
+                mib[
+                    any(re.search("gemm|cublas|fmha", between) for between in lines[begin + 1 : at])
+                ] += size
     return mib[True], mib[False]
 
 
@@ -136,13 +167,15 @@ Without it the compiler does not see that AdamW's moments are read before they a
 
 
 def compile_cpu(preset: bool) -> dict[str, float]:
-    """Compiles the step of cpu_bench.py in this process, and compiles and runs what makes its first state."""
+    """Compiles the step of cpu_bench.py in this process, and compiles and runs what makes its first
+    state."""
     import jax
 
-    from jaxpar import counts, xla
+    from jaxpar import xla
     from jaxpar.compile import compile_train_step
     from jaxpar.config import MeshConfig
-    from jaxpar.hlo import ITEMSIZE
+    from jaxpar.estimate import counts
+    from jaxpar.report.hlo import ITEMSIZE
     from jaxpar.sharding import make_mesh
     from jaxpar.step import init_state
     from jaxpar.validation import resolve
@@ -174,7 +207,9 @@ def compile_cpu(preset: bool) -> dict[str, float]:
 def apart(flags: list[str], *arguments: str) -> dict[str, float]:
     """`compile_case` or `compile_cpu` in a process of its own, because XLA reads its flags once."""
     environment = os.environ | {"XLA_FLAGS": " ".join(f"--{flag}" for flag in flags)}
-    run = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True
+    )
     if run.returncode:
         sys.exit(run.stderr[-2000:])
     return json.loads(run.stdout.splitlines()[-1])
@@ -208,10 +243,16 @@ def cpu_section() -> str:
 
 
 def gpu_section() -> str:
-    rows = ["| option | peak, GiB | covered, MiB | bare, MiB | in the preset |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| option | peak, GiB | covered, MiB | bare, MiB | in the preset |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, flags, verdict in CASES:
         got = apart(flags, "--one")
-        rows.append(f"| {name} | {got['peak'] / 2**30:.2f} | {got['covered']:,.0f} | {got['bare']:,.0f} | {verdict} |")
+        rows.append(
+            f"| {name} | {got['peak'] / 2**30:.2f} | {got['covered']:,.0f} | {got['bare']:,.0f} | "
+            f"{verdict} |"
+        )
         print(rows[-1], file=sys.stderr)
     tensor = ["| options | peak, GiB | reduce-scattered, MiB |", "| --- | --- | --- |"]
     for name, flags in TENSOR_CASES:

@@ -1,4 +1,5 @@
-"""What the tests against other implementations share: a drawn model, a training curve, and measured differences.
+"""What the tests against other implementations share: a drawn model, a training curve, and measured
+differences.
 
 `pytest -rP` prints every difference that is measured.
 """
@@ -14,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.config import Config, MeshConfig, OptimizerConfig, configure
-from jaxpar.data import Batch, global_batch
+from jaxpar.data.batches import Batch, batch_sharding, global_batch
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer
 from jaxpar.sharding import make_mesh
-from jaxpar.step import TrainState, batch_spec, make_train_step
+from jaxpar.step import TrainState, make_train_step
 from jaxpar.tree import leaf_name, named_leaves
 from jaxpar.validation import resolve
 
@@ -39,22 +40,31 @@ def mesh_of(**axes: int) -> Mesh:
 
 
 def draw(config: Config, mesh: Mesh, std: float) -> Llama:
-    """The same random model on every mesh: norm scales between 1/2 and 3/2, weights of spread `std`."""
+    """The same random model on every mesh: norm scales between 1/2 and 3/2, weights of spread
+    `std`."""
     random = np.random.default_rng(1)
 
     def leaf(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         is_scale = leaf_name(path).endswith("scale")
-        values = random.uniform(0.5, 1.5, like.shape) if is_scale else std * random.normal(size=like.shape)
+        values = (
+            random.uniform(0.5, 1.5, like.shape)
+            if is_scale
+            else std * random.normal(size=like.shape)
+        )
         return jax.device_put(values.astype(np.float32), NamedSharding(mesh, like.sharding.spec))
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: Llama(config, nnx.Rngs(params=0))))
+        return jax.tree_util.tree_map_with_path(
+            leaf, jax.eval_shape(lambda: Llama(config, nnx.Rngs(params=0)))
+        )
 
 
 def relative(value: Any, reference: Any) -> float:
     """Norm of the difference over the norm of the reference, in float64."""
     reference = np.asarray(reference, np.float64)
-    return float(np.linalg.norm(np.asarray(value, np.float64) - reference) / np.linalg.norm(reference))
+    return float(
+        np.linalg.norm(np.asarray(value, np.float64) - reference) / np.linalg.norm(reference)
+    )
 
 
 def within(what: str, difference: float, limit: float) -> None:
@@ -63,7 +73,9 @@ def within(what: str, difference: float, limit: float) -> None:
     assert difference < limit, f"{what}: {difference} is not below {limit}"
 
 
-def all_within(what: str, values: Mapping[str, Any], expected: Mapping[str, Any], limit: float) -> None:
+def all_within(
+    what: str, values: Mapping[str, Any], expected: Mapping[str, Any], limit: float
+) -> None:
     """The same for the relative difference of every array of a mapping."""
     assert values.keys() == expected.keys()
     errors = {name: relative(values[name], reference) for name, reference in expected.items()}
@@ -86,7 +98,8 @@ LAYER = {
 
 
 def to_hugging_face(tree: Llama) -> Leaves:
-    """Weights or gradients under their Hugging Face names, on the host: layers apart, matrices [out, in]."""
+    """Weights or gradients under their Hugging Face names, on the host: layers apart, matrices
+    [out, in]."""
     state = {}
     for name, leaf in named_leaves(tree).items():
         array = np.array(leaf)
@@ -95,7 +108,9 @@ def to_hugging_face(tree: Llama) -> Leaves:
             continue
         for layer, weight in enumerate(array):
             if weight.ndim > 1:
-                weight = weight.reshape(len(weight), -1)  # [out, in] of `out` and `down`, else [in, out]
+                weight = weight.reshape(
+                    len(weight), -1
+                )  # [out, in] of `out` and `down`, else [in, out]
                 weight = weight if name.endswith((".out", ".down")) else weight.T
             state[f"model.layers.{layer}.{LAYER[name]}.weight"] = weight
     return state
@@ -106,20 +121,31 @@ def cosine_rate(n: int, o: OptimizerConfig, steps: int) -> float:
     if n < o.warmup_steps:
         return o.learning_rate * (n + 1) / o.warmup_steps
     done = (n - o.warmup_steps) / (steps - o.warmup_steps)
-    return o.min_learning_rate + (o.learning_rate - o.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+    return (
+        o.min_learning_rate
+        + (o.learning_rate - o.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+    )
 
 
 def train_ours(config: Config, mesh: Mesh, data: list[Batch]) -> tuple[np.ndarray, Leaves]:
-    """Loss, gradient norm and learning rate of every step [steps, 3]; the weights under their Hugging Face names."""
+    """Loss, gradient norm and learning rate of every step [steps, 3]; the weights under their
+    Hugging Face names."""
     with jax.set_mesh(mesh):
         model, zero = draw(config, mesh, std=0.02), jnp.zeros((), jnp.int32)
         state = TrainState(
-            zero, zero.copy(), jnp.ones(()), zero.copy(), model, jax.jit(make_optimizer(config).init)(model)
+            zero,
+            zero.copy(),
+            jnp.ones(()),
+            zero.copy(),
+            model,
+            jax.jit(make_optimizer(config).init)(model),
         )
         step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=QUICK)
         rows = []
         for batch in data:
-            state, metrics = step(state, global_batch(batch, NamedSharding(mesh, batch_spec(config)), zigzag=False))
+            state, metrics = step(
+                state, global_batch(batch, batch_sharding(config, mesh), zigzag=False)
+            )
             rows.append([float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")])
     assert (state.step, state.skipped) == (len(data), 0)
     return np.array(rows), to_hugging_face(state.model)

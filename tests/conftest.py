@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is compiled here is not what users would compile
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+    "false"  # what is compiled here is not what users would compile
+)
 # The tests spend their time in compiling, not in running: this halves it.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 

@@ -1,4 +1,5 @@
-"""cuDNN's two calls as XLA computes them, to the letter of their interface: flat memory, offsets and lengths.
+"""cuDNN's two calls as XLA computes them, to the letter of their interface: flat memory, offsets
+and lengths.
 
 What cuDNN does not write is NaN here, and so is what it must not read.
 """
@@ -6,11 +7,12 @@ What cuDNN does not write is NaN here, and so is what it must not read.
 import jax
 import jax.numpy as jnp
 
-from jaxpar import cudnn
+from jaxpar.kernels import cudnn
 
 
 def _gathered(x_BTGK, offset, length_V, repeats=1):
-    """The stretches of a [B, T, G, K] array, each padded to T tokens, and which tokens are of it: [V, T, G R, K]."""
+    """The stretches of a [B, T, G, K] array, each padded to T tokens, and which tokens are of it:
+    [V, T, G R, K]."""
     _, T, G, K = x_BTGK.shape
     flat_X = x_BTGK.reshape(-1)
     begin_V = offset.ravel()[: length_V.size]
@@ -41,7 +43,9 @@ def _shares(q, k, packed, causal):
     q_length, k_length, q_offset, k_offset = _stretches(q, k, packed)
     q_VSHK, q_index, q_in = _gathered(q, q_offset, q_length)
     k_VTHK, k_index, k_in = _gathered(k, k_offset, k_length, q.shape[2] // k.shape[2])
-    scores = jnp.einsum("VSHK,VTHK->VHST", q_VSHK, k_VTHK, precision="highest") * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("VSHK,VTHK->VHST", q_VSHK, k_VTHK, precision="highest") * q.shape[-1] ** -0.5
+    )
     seen = q_in[:, :, None] & k_in[:, None]
     if causal:
         seen &= jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])
@@ -51,7 +55,9 @@ def _shares(q, k, packed, causal):
 def forward(q, k, v, packed, *, causal):
     scores, seen, (_, q_index, q_in), (_, _, _) = _shares(q, k, packed, causal)
     lse_VHS = jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    shares = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isinf(lse_VHS), 0, lse_VHS)[..., None]), 0)
+    shares = jnp.where(
+        seen, jnp.exp(scores - jnp.where(jnp.isinf(lse_VHS), 0, lse_VHS)[..., None]), 0
+    )
     _, k_length, _, k_offset = _stretches(q, k, packed)
     v_VTHK, *_ = _gathered(v, k_offset, k_length, q.shape[2] // k.shape[2])
     o_VSHK = jnp.einsum("VHST,VTHK->VSHK", shares, v_VTHK, precision="highest")

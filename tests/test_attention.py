@@ -1,4 +1,5 @@
-"""Attention on one device; over meshes it is held by test_parity.py, against `transformers` by test_llama_torch.py."""
+"""Attention on one device; over meshes it is held by test_parity.py, against `transformers` by
+test_llama_torch.py."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import pytest
 from jaxpar import attention
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig
-from jaxpar.parallel import rows, tiles
+from jaxpar.kernels import rows, tiles
 from jaxpar.sharding import Rules, make_mesh
 
 
 def results(sizes: MeshConfig, length: int, options: Options, **held: int) -> list:
-    """Sum and gradients of attention in packed documents, with other limits of what is held at a time."""
+    """Sum and gradients of attention in packed documents, with other limits of what is held at a
+    time."""
     mesh = make_mesh(sizes, jax.devices()[: sizes.devices])
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, length, heads, 8), np.float32) for heads in (4, 2, 2))
@@ -30,14 +32,17 @@ def results(sizes: MeshConfig, length: int, options: Options, **held: int) -> li
             patch.setattr({"TILE": tiles, "CHUNK": rows}.get(name, attention), name, value)
         spec = Rules().spec("batch", "seq", "heads", "head_dim")
         return jax.tree.leaves(
-            jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*(jax.reshard(x, spec) for x in (q, k, v)))
+            jax.jit(jax.value_and_grad(total, (0, 1, 2)))(
+                *(jax.reshard(x, spec) for x in (q, k, v))
+            )
         )
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (3, 3), (6, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_are_jaxs_attention(heads, shared, dtype):
-    """Result and gradients of whole rows, in chunks with a remainder, against jax's own attention in float32."""
+    """Result and gradients of whole rows, in chunks with a remainder, against jax's own attention
+    in float32."""
     b, s, t, K = 2, 11, 13, 8
     rng = np.random.default_rng(heads)
     q, do = (jnp.asarray(rng.standard_normal((b, s, heads, K)), dtype) for _ in range(2))
@@ -58,7 +63,9 @@ def test_rows_are_jaxs_attention(heads, shared, dtype):
     whole, pull = jax.vjp(reference, *(a.astype(jnp.float32) for a in (q, k, v)))
     assert {a.dtype for a in (result, *gradients)} == {jnp.dtype(dtype)}
     close = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
-    for one, other in zip((result, *gradients), (whole, *pull(do.astype(jnp.float32))), strict=True):
+    for one, other in zip(
+        (result, *gradients), (whole, *pull(do.astype(jnp.float32))), strict=True
+    ):
         np.testing.assert_allclose(one.astype(np.float32), other, rtol=close, atol=close)
 
 
@@ -82,7 +89,8 @@ def test_queries_in_chunks_change_nothing(length):
     ids=["one device", "a prime length", "parts", "odd parts and heads", "Ulysses"],
 )
 def test_tiles_change_nothing(sizes, context, length):
-    """Long rows of keys, in tiles: the same result and gradients, where tiles divide the tokens and where not."""
+    """Long rows of keys, in tiles: the same result and gradients, where tiles divide the tokens and
+    where not."""
     small = dict(CHUNK=8, _WHOLE_ROWS=16, TILE=16)
     whole = results(MeshConfig(), length, Options(), CHUNK=4096, _WHOLE_ROWS=4096)
     for one, other in zip(results(sizes, length, Options(context), **small), whole, strict=True):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_cudnn import results, rows
 
-from jaxpar import cudnn
 from jaxpar.attention import Options
 from jaxpar.config import MeshConfig
+from jaxpar.kernels import cudnn
 from jaxpar.sharding import make_mesh
 
 LENGTH = 1024
@@ -24,7 +24,9 @@ def test_cudnn_and_xla_agree(info):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     packed = info is not ROWS["unpacked"]
     with jax.set_mesh(mesh):
-        why = cudnn.refusal(cudnn.capability(), jnp.dtype("bfloat16"), (3, LENGTH, 4, 64), packed=packed)
+        why = cudnn.refusal(
+            cudnn.capability(), jnp.dtype("bfloat16"), (3, LENGTH, 4, 64), packed=packed
+        )
     if why:
         pytest.skip(why)
     exact = results(mesh, info, Options(), head_dim=64)

@@ -33,14 +33,20 @@ from jaxpar.config import (
 from jaxpar.tree import named_leaves
 
 OPTIMIZER = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda count: 1.0 / (1 + count))
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(),
+    optax.scale_by_schedule(lambda count: 1.0 / (1 + count)),
 )
 
 
 class Attention(nnx.Module):
     def __init__(self):
-        noise = jax.random.normal(jax.random.key(1), (2, 16, 8), out_sharding=jax.P(None, "fsdp", "tensor"))
-        self.value = nnx.Param(noise)  # as noisy a name as there is: nnx itself calls an array `value`
+        noise = jax.random.normal(
+            jax.random.key(1), (2, 16, 8), out_sharding=jax.P(None, "fsdp", "tensor")
+        )
+        self.value = nnx.Param(
+            noise
+        )  # as noisy a name as there is: nnx itself calls an array `value`
 
 
 class Model(nnx.Module):
@@ -125,7 +131,9 @@ def test_restores_onto_another_mesh_bit_for_bit(saved, axes):
     assert isinstance(state.model, Model)
     for name, leaf in named_leaves(state).items():
         assert leaf.dtype == leaves[name].dtype
-        np.testing.assert_array_equal(np.asarray(leaf).view(np.uint32), leaves[name].view(np.uint32), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(leaf).view(np.uint32), leaves[name].view(np.uint32), err_msg=name
+        )
     assert state.model.embedding[...].sharding == NamedSharding(mesh, jax.P("tensor", "fsdp"))
 
 
@@ -185,13 +193,20 @@ time.sleep(60)
 
 
 def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout and process.stdout.readline() == b"saving\n"
         deadline = time.monotonic() + 20
-        while not list((tmp_path / "checkpoints").glob("2.*tmp*/state*")) and time.monotonic() < deadline:
+        while (
+            not list((tmp_path / "checkpoints").glob("2.*tmp*/state*"))
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("2*")] == ["2.orbax-checkpoint-tmp"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("2*")] == [
+        "2.orbax-checkpoint-tmp"
+    ]
     checkpoint.check_resume(tmp_path, Config())
     checkpointer = Checkpointer(tmp_path, Config())
     assert checkpointer.latest_step() == 1
@@ -215,7 +230,9 @@ def used(tmp_path) -> Path:
 def test_a_checkpoint_of_another_model_is_refused(used):
     saved = checkpoint.saved_config(used)
     assert saved == json.loads(json.dumps(dataclasses.asdict(Config())))
-    checkpoint.check_resume(used, dataclasses.replace(Config(), train=dataclasses.replace(Config().train, steps=1)))
+    checkpoint.check_resume(
+        used, dataclasses.replace(Config(), train=dataclasses.replace(Config().train, steps=1))
+    )
     other = Config(model=ModelConfig(dim=256, rope_theta=5e5), data=DataConfig(tokenizer="bytes"))
     with pytest.raises(ConfigError) as error:
         checkpoint.check_resume(used, other)
@@ -242,7 +259,10 @@ OTHER_DATA = dict(
 def test_a_run_goes_on_with_its_own_data_only(used, tmp_path, field):
     config = Config()
     if field == "seed":
-        config, change = dataclasses.replace(config, train=TrainConfig(seed=1)), "train.seed: checkpoint 0, config 1"
+        config, change = (
+            dataclasses.replace(config, train=TrainConfig(seed=1)),
+            "train.seed: checkpoint 0, config 1",
+        )
     else:
         value = OTHER_DATA[field]
         config = dataclasses.replace(config, data=DataConfig(**{field: value}))
@@ -271,7 +291,8 @@ def write_shards(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("write", [write_text, write_shards])
 def test_a_corpus_that_has_moved_is_the_same(tmp_path, write):
-    """Its content decides; of a name there is no content to compare, and older checkpoints do not know theirs."""
+    """Its content decides; of a name there is no content to compare, and older checkpoints do not
+    know theirs."""
     text = "one|two|three"
 
     def config(source: Path | str, validation: str = "") -> Config:
@@ -295,19 +316,25 @@ def test_a_corpus_that_has_moved_is_the_same(tmp_path, write):
         (there / "manifest.json").unlink()
         others["without its manifest"] = config(there, held_there)
     for why, other in others.items():
-        with pytest.raises(ConfigError, match=r"is in the middle of other data:\n  data\.(validation_)?source: "):
+        with pytest.raises(
+            ConfigError, match=r"is in the middle of other data:\n  data\.(validation_)?source: "
+        ):
             checkpoint.check_resume(tmp_path / "run", other)
             pytest.fail(why)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / "corpus")
     with pytest.raises(ConfigError, match=r"data.source: checkpoint"):
-        checkpoint.check_resume(tmp_path / "run", config(write(tmp_path / "older", text), held_there))
+        checkpoint.check_resume(
+            tmp_path / "run", config(write(tmp_path / "older", text), held_there)
+        )
 
 
 def test_what_a_run_may_change(used):
     """Everything but the model, the data and the order of both."""
     config = Config(
         data=DataConfig(prefetch=7),
-        train=TrainConfig(steps=7, batch_size=64, microbatches=4, eval_every=3, eval_batches=1, z_loss=1e-4),
+        train=TrainConfig(
+            steps=7, batch_size=64, microbatches=4, eval_every=3, eval_batches=1, z_loss=1e-4
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         parallel=ParallelConfig(gather="per_step"),
         memory=MemoryConfig(remat="full"),
@@ -322,7 +349,10 @@ def test_restore_none_and_paths(used, tmp_path):
     with pytest.raises(ConfigError, match=r"steps 1, 2 and checkpoint\.restore=none"):
         checkpoint.check_resume(used, config_of(restore="none"))
     for path in (used, used / "checkpoints", used / "checkpoints" / "2"):
-        assert checkpoint.find_checkpoint(fresh, config_of(restore=str(path))) == used / "checkpoints" / "2"
+        assert (
+            checkpoint.find_checkpoint(fresh, config_of(restore=str(path)))
+            == used / "checkpoints" / "2"
+        )
     with pytest.raises(ConfigError, match=f"{tmp_path}/nothing holds no checkpoints"):
         checkpoint.check_resume(fresh, config_of(restore=f"{tmp_path}/nothing"))
     checkpointer = Checkpointer(fresh, config_of(restore=str(used)))
@@ -335,11 +365,15 @@ def test_restore_none_and_paths(used, tmp_path):
 def test_damaged_checkpoints_are_named(used):
     newest = used / "checkpoints" / "2"
     checkpointer = Checkpointer(used, Config())
-    with pytest.raises(ConfigError, match="checkpoints/5 holds no complete checkpoint; complete steps: 1, 2"):
+    with pytest.raises(
+        ConfigError, match="checkpoints/5 holds no complete checkpoint; complete steps: 1, 2"
+    ):
         checkpointer.restore(ABSTRACT, step=5)
     with pytest.raises(ConfigError, match=r"weight: checkpoint \(8,\), wanted \(4,\)"):
         checkpointer.restore({"weight": jax.ShapeDtypeStruct((4,), jnp.float32)})
-    with pytest.raises(ConfigError, match=r"(?s)weight: only in the checkpoint.*bias: not in the checkpoint"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)weight: only in the checkpoint.*bias: not in the checkpoint"
+    ):
         checkpointer.restore({"bias": ABSTRACT["weight"]})
 
     def refuses(text: str):

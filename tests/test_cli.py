@@ -1,4 +1,5 @@
-"""The door: a wrong request is one message, exit code 2 and nothing written; `--help` tells what there is."""
+"""The door: a wrong request is one message, exit code 2 and nothing written; `--help` tells what
+there is."""
 
 import os
 import subprocess
@@ -33,7 +34,8 @@ EIGHT = "--cpu_devices=8"
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every test works in an empty folder with a config and a text, and no module of an earlier config."""
+    """Every test works in an empty folder with a config and a text, and no module of an earlier
+    config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     (tmp_path / "cfg.py").write_text(CONFIG)
@@ -47,12 +49,15 @@ def contents() -> dict[Path, bytes | None]:
 
 @pytest.fixture
 def refused(capsys):
-    """`refused(*argv)`: the message with which the command refuses, having checked all that is the same for all.
+    """`refused(*argv)`: the message with which the command refuses, having checked all that is the
+    same for all.
 
     `late`: only the devices and the data tell, so the head of the log may be out.
     """
 
-    def refused(*argv: str, main=train.main, config: str | None = "cfg.py", late: bool = False) -> str:
+    def refused(
+        *argv: str, main=train.main, config: str | None = "cfg.py", late: bool = False
+    ) -> str:
         before = contents()
         arguments = ([f"--config={config}"] if config else []) + list(argv)
         with pytest.raises(SystemExit) as exit:
@@ -79,16 +84,28 @@ def has(message: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ((EIGHT, "--mesh.fsdp=3"), ("fsdp=3", "does not divide 8 devices", "{1, 2, 4, 8}", "--cpu_devices=3")),
-        ((EIGHT, "--mesh.data=4"), ("data=4", "does not use 8 devices", "leave mesh.data out", "--cpu_devices=4")),
+        (
+            (EIGHT, "--mesh.fsdp=3"),
+            ("fsdp=3", "does not divide 8 devices", "{1, 2, 4, 8}", "--cpu_devices=3"),
+        ),
+        (
+            (EIGHT, "--mesh.data=4"),
+            ("data=4", "does not use 8 devices", "leave mesh.data out", "--cpu_devices=4"),
+        ),
         (("--mesh.data=4",), ("data=4", "does not use 8 devices", "Found 8", "cpu")),
-        ((EIGHT, "--mesh.data=-1", "--mesh.fsdp=-1"), ("mesh.data=-1 and mesh.fsdp=-1", "only one axis")),
+        (
+            (EIGHT, "--mesh.data=-1", "--mesh.fsdp=-1"),
+            ("mesh.data=-1 and mesh.fsdp=-1", "only one axis"),
+        ),
         (("--mesh.fsdp=0",), ("mesh.fsdp=0", "at least 1", "-1")),
         (("--mesh.fsdp=-2",), ("mesh.fsdp=-2", "at least 1", "-1")),
         (("--mesh.tensro=2",), ("'tensro'", "Did you mean tensor?")),
         (("--mesh.fsdp=two",), ("--mesh.fsdp=two", "int")),
         (("--mesh.=2",), ("mesh axis", "fsdp")),
-        ((EIGHT, "--mesh.pipeline=2"), ("model.layers=1", "mesh.pipeline=2", "model.layers in {2}")),
+        (
+            (EIGHT, "--mesh.pipeline=2"),
+            ("model.layers=1", "mesh.pipeline=2", "model.layers in {2}"),
+        ),
         (("--cpu_devices=0",), ("--cpu_devices=0", "at least 1")),
         (("--cpu_devices=-1",), ("--cpu_devices=-1", "at least 1")),
         (("--cpu_devices=many",), ("--cpu_devices=many", "int")),
@@ -106,12 +123,30 @@ def test_mesh(refused, argv, words):
     ("argv", "words"),
     [
         (
-            ("--config.model.heads=3", "--config.model.kv_heads=3", "--config.model.head_dim=8", "--mesh.tensor=2"),
-            ("model.heads=3 is not divisible by mesh.tensor=2", "mesh.tensor in {1}", "model.heads in {2, 4}"),
+            (
+                "--config.model.heads=3",
+                "--config.model.kv_heads=3",
+                "--config.model.head_dim=8",
+                "--mesh.tensor=2",
+            ),
+            (
+                "model.heads=3 is not divisible by mesh.tensor=2",
+                "mesh.tensor in {1}",
+                "model.heads in {2, 4}",
+            ),
         ),
         (
-            ("--config.model.heads=6", "--config.model.kv_heads=3", "--config.model.head_dim=8", "--mesh.tensor=2"),
-            ("model.kv_heads=3 is not divisible by mesh.tensor=2", "mesh.tensor in {1}", "model.kv_heads in {2, 4}"),
+            (
+                "--config.model.heads=6",
+                "--config.model.kv_heads=3",
+                "--config.model.head_dim=8",
+                "--mesh.tensor=2",
+            ),
+            (
+                "model.kv_heads=3 is not divisible by mesh.tensor=2",
+                "mesh.tensor in {1}",
+                "model.kv_heads in {2, 4}",
+            ),
         ),
         (
             ("--config.model.ffn_dim=62", "--config.model.kv_heads=4", "--mesh.tensor=4"),
@@ -123,7 +158,10 @@ def test_mesh(refused, argv, words):
         ),
         (
             ("--config.model.vocab_size=321", "--mesh.tensor=2"),
-            ("model.vocab_size=321 is not divisible by mesh.tensor=2", "model.vocab_size in {320, 322}"),
+            (
+                "model.vocab_size=321 is not divisible by mesh.tensor=2",
+                "model.vocab_size in {320, 322}",
+            ),
         ),
         (
             ("--config.model.dim=36", "--config.model.head_dim=8", "--mesh.fsdp=8"),
@@ -135,11 +173,19 @@ def test_mesh(refused, argv, words):
         ),
         (
             ("--config.data.sequence_length=30", "--mesh.sequence=4"),
-            ("data.sequence_length=30 is not divisible by mesh.sequence=4", "data.sequence_length in {28, 32}"),
+            (
+                "data.sequence_length=30 is not divisible by mesh.sequence=4",
+                "data.sequence_length in {28, 32}",
+            ),
         ),
         (
             ("--config.data.sequence_length=12", "--mesh.sequence=4", "--mesh.tensor=2"),
-            ("data.sequence_length=12", "mesh.sequence x mesh.tensor = 8", "{8, 16}", "sequence_parallel=false"),
+            (
+                "data.sequence_length=12",
+                "mesh.sequence x mesh.tensor = 8",
+                "{8, 16}",
+                "sequence_parallel=false",
+            ),
         ),
         (
             ("--config.train.batch_size=12", "--mesh.data=8"),
@@ -152,11 +198,24 @@ def test_mesh(refused, argv, words):
         ),
         (
             ("--config.train.microbatches=2", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.expert=2"),
-            ("train.batch_size=8", "microbatches=2 x data=2 x fsdp=2 x expert=2 = 16", "train.batch_size in {16}"),
+            (
+                "train.batch_size=8",
+                "microbatches=2 x data=2 x fsdp=2 x expert=2 = 16",
+                "train.batch_size in {16}",
+            ),
         ),
-        (("--config.train.microbatches=3",), ("train.batch_size=8", "train.microbatches=3", "{6, 9}")),
-        (("--config.model.kv_heads=3",), ("model.heads=4 is not divisible by model.kv_heads=3", "{1, 2, 4}")),
-        (("--config.model.dim=30",), ("model.dim=30 is not divisible by model.heads=4", "model.head_dim")),
+        (
+            ("--config.train.microbatches=3",),
+            ("train.batch_size=8", "train.microbatches=3", "{6, 9}"),
+        ),
+        (
+            ("--config.model.kv_heads=3",),
+            ("model.heads=4 is not divisible by model.kv_heads=3", "{1, 2, 4}"),
+        ),
+        (
+            ("--config.model.dim=30",),
+            ("model.dim=30 is not divisible by model.heads=4", "model.head_dim"),
+        ),
         (("--config.model.head_dim=7",), ("model.head_dim=7 must be even", "{6, 8}")),
     ],
 )
@@ -166,7 +225,12 @@ def test_sizes_that_must_divide(refused, argv, words):
 
 def test_the_largest_mesh_that_divides_is_accepted(refused):
     """The rules above refuse only what they must: this request gets as far as its data."""
-    argv = ("--mesh.data=2", "--mesh.sequence=2", "--mesh.tensor=2", "--config.data.source=none.txt")
+    argv = (
+        "--mesh.data=2",
+        "--mesh.sequence=2",
+        "--mesh.tensor=2",
+        "--config.data.source=none.txt",
+    )
     has(refused(EIGHT, *argv), "none.txt does not exist")
 
 
@@ -193,7 +257,9 @@ NUMBERS = {path: kind for path, kind in field_paths().items() if kind in (int, f
 
 @pytest.mark.parametrize("path", NUMBERS)
 def test_no_number_is_negative_or_zero_where_it_must_not(refused, path):
-    bad = ["-1"] + ["0"] * (path not in MAY_BE_0) + ["nan", "inf", "-inf"] * (NUMBERS[path] is float)
+    bad = (
+        ["-1"] + ["0"] * (path not in MAY_BE_0) + ["nan", "inf", "-inf"] * (NUMBERS[path] is float)
+    )
     for value in bad:
         message = refused(f"--config.{path}={value}")
         shown = value if NUMBERS[path] is int or not value.lstrip("-").isdigit() else f"{value}.0"
@@ -219,7 +285,10 @@ def test_choices_are_listed(refused, path):
     [
         (("--config.model.dimm=3",), ("'model.dimm'", "Did you mean model.dim?")),
         (("--config.modle.dim=3",), ("'modle.dim'", "Did you mean model.dim?")),
-        (("--config.model.batch_size=3",), ("'model.batch_size'", "Did you mean train.batch_size?")),
+        (
+            ("--config.model.batch_size=3",),
+            ("'model.batch_size'", "Did you mean train.batch_size?"),
+        ),
         (("--config.steps=3",), ("'steps'", "train.steps")),
         (("--config.=3",), ("config field",)),
         (("--noconfig.log.progres",), ("'log.progres'", "Did you mean log.progress?")),
@@ -230,7 +299,10 @@ def test_choices_are_listed(refused, path):
         (("--frobnicate",), ("--frobnicate", "workdir", "cpu_devices", "config", "mesh")),
         (("train",), ("'train'", "--NAME=VALUE")),
         (("--config.optimizer.name=adam",), ("'adam'", "adamw, lion", "Did you mean adamw?")),
-        (("--config.optimizer.min_learning_rate=1",), ("optimizer.min_learning_rate=1", "learning_rate=0.0003")),
+        (
+            ("--config.optimizer.min_learning_rate=1",),
+            ("optimizer.min_learning_rate=1", "learning_rate=0.0003"),
+        ),
         (("--config.data.validation_fraction=1",), ("data.validation_fraction=1", "below 1")),
         (("--config.train.seed=99999999999999999999",), ("train.seed=99999999999999999999",)),
     ],
@@ -290,11 +362,26 @@ def test_a_wrong_config_file(refused, text, words):
         ("nul.txt", b"words\0words\n" * 99, (), ("nul.txt:1", "binary")),
         ("latin.txt", b"\xe9t\xe9\n" * 99, (), ("latin.txt", "UTF-8")),
         ("short.txt", b"Sixteen letters.", (), ("15 tokens", "sequence_length=32", "at most 15")),
-        ("wide.bin", np.full(999, 320, np.uint16).tobytes(), (), ("wide.bin", "token id 320", "vocab_size=320", "321")),
+        (
+            "wide.bin",
+            np.full(999, 320, np.uint16).tobytes(),
+            (),
+            ("wide.bin", "token id 320", "vocab_size=320", "321"),
+        ),
         ("odd.bin", b"\1" * 999, (), ("odd.bin", "999 bytes", "cut short")),
-        ("text.txt", b"words " * 999, ("--config.data.tokenizer=gpt2",), ("50257 ids", "vocab_size=320", "50304")),
+        (
+            "text.txt",
+            b"words " * 999,
+            ("--config.data.tokenizer=gpt2",),
+            ("50257 ids", "vocab_size=320", "50304"),
+        ),
         ("text.txt", b"words " * 999, ("--config.data.tokenizer=none",), ("'none'", "gpt2, bytes")),
-        ("text.txt", b"words " * 999, ("--config.data.validation_source=no.txt",), ("validation_source", "no.txt")),
+        (
+            "text.txt",
+            b"words " * 999,
+            ("--config.data.validation_source=no.txt",),
+            ("validation_source", "no.txt"),
+        ),
     ],
 )
 @pytest.mark.parametrize("main", [train.main, verify.main])
@@ -317,7 +404,9 @@ def test_a_workdir_without_permission(refused, monkeypatch):
     has(refused("--workdir=run"), "--workdir=run", "not writable", "give a folder that is")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become someone else")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="only root can become someone else"
+)
 def test_a_workdir_that_cannot_even_be_looked_at(refused, tmp_path):
     tmp_path.chmod(0o755)
     (tmp_path / "secret").mkdir(mode=0o700)
@@ -331,7 +420,8 @@ def test_a_workdir_that_cannot_even_be_looked_at(refused, tmp_path):
 
 @pytest.fixture
 def used() -> Path:
-    """A workdir with a complete checkpoint of the config, whose state is small and not that of its model."""
+    """A workdir with a complete checkpoint of the config, whose state is small and not that of its
+    model."""
     request = cli.parse(["--config=cfg.py", "--workdir=used"], "")
     checkpointer = Checkpointer("used", request.config)
     checkpointer.save(3, {"weight": jnp.ones(8)}, data={"samples": 24})
@@ -340,12 +430,18 @@ def used() -> Path:
 
 
 def test_a_checkpoint_of_another_model(refused, used):
-    flags = ("--config.model.dim=64", "--config.model.rope_scaling.factor=8", "--config.optimizer.name=sgd")
+    flags = (
+        "--config.model.dim=64",
+        "--config.model.rope_scaling.factor=8",
+        "--config.optimizer.name=sgd",
+    )
     message = refused(f"--workdir={used}", *flags)
     has(message, "used/checkpoints/3 belongs to another run", "use another --workdir")
     has(message, "model.dim: checkpoint 32, config 64", "model.head_dim: checkpoint 8, config 16")
     has(
-        message, "model.rope_scaling.factor: checkpoint 1.0, config 8.0", "optimizer.name: checkpoint adamw, config sgd"
+        message,
+        "model.rope_scaling.factor: checkpoint 1.0, config 8.0",
+        "optimizer.name: checkpoint adamw, config sgd",
     )
     assert "layers" not in message and "vocab_size" not in message
 
@@ -358,9 +454,17 @@ def test_a_checkpoint_of_another_tokenizer_or_state(refused, used):
 
 
 def test_restore(refused, used):
-    has(refused("--workdir=used", "--config.checkpoint.restore=none"), "restore=none", "steps 3", "restore=auto")
+    has(
+        refused("--workdir=used", "--config.checkpoint.restore=none"),
+        "restore=none",
+        "steps 3",
+        "restore=auto",
+    )
     has(refused("--workdir=new", "--config.checkpoint.restore=gone"), "gone holds no checkpoints")
-    has(refused("--workdir=new", "--config.checkpoint.restore=used", late=True), "only in the checkpoint")
+    has(
+        refused("--workdir=new", "--config.checkpoint.restore=used", late=True),
+        "only in the checkpoint",
+    )
 
 
 @pytest.mark.parametrize("main", [verify.main, prepare.main])
@@ -403,15 +507,24 @@ def test_a_bug_keeps_its_traceback():
 def python(*argv: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
 
 
 def test_processes():
     """What only a process shows: the exit code and all of stderr, and `--help` of every command."""
     commands = {name: python("-m", f"jaxpar.{name}", "--help") for name in __main__.COMMANDS}
-    commands |= {"jaxpar": python("-m", "jaxpar", "--help"), "jaxpar train": python("-m", "jaxpar", "train", "-h")}
-    wrong = python("-m", "jaxpar.train", "--config=cfg.py", "--config.model.dimm=3", "--workdir=run")
+    commands |= {
+        "jaxpar": python("-m", "jaxpar", "--help"),
+        "jaxpar train": python("-m", "jaxpar", "train", "-h"),
+    }
+    wrong = python(
+        "-m", "jaxpar.train", "--config=cfg.py", "--config.model.dimm=3", "--workdir=run"
+    )
     helps = {}
     for name, process in commands.items():
         helps[name], err = process.communicate()
@@ -424,21 +537,46 @@ def test_processes():
     assert helps["jaxpar train"] == helps["train"]
     for name in __main__.COMMANDS:
         has(helps["jaxpar"], f"jaxpar {name}")
-        has(helps[name], "Flags:", "--cpu_devices=N", "--coordinator", "--mesh.AXIS=N", "pipeline, data, fsdp")
+        has(
+            helps[name],
+            "Flags:",
+            "--cpu_devices=N",
+            "--coordinator",
+            "--mesh.AXIS=N",
+            "pipeline, data, fsdp",
+        )
     for name in ("train", "verify", "prepare"):
-        has(helps[name], "--config=FILE", "--workdir", *(f"--config.{path}=" for path in field_paths()))
+        has(
+            helps[name],
+            "--config=FILE",
+            "--workdir",
+            *(f"--config.{path}=" for path in field_paths()),
+        )
     for choices in CHOICES.values():
         has(helps["train"], " | ".join(choices))
     has(helps["verify"], "--json", "--tolerance=VALUE", "1e-05")
     has(
-        helps["generate"], "--checkpoint", "--prompt", "--max_tokens=N", "--temperature", "--top_k", "--top_p", "--seed"
+        helps["generate"],
+        "--checkpoint",
+        "--prompt",
+        "--max_tokens=N",
+        "--temperature",
+        "--top_k",
+        "--top_p",
+        "--seed",
     )
     assert "--config" not in helps["generate"]
 
 
 def test_the_console_script_passes_on(refused, capsys):
-    has(refused("trian", main=__main__.command, config=None), "unknown command 'trian'. Did you mean train?")
-    has(refused("train", "--config=gone.py", main=__main__.command, config=None), "--config=gone.py: no such file")
+    has(
+        refused("trian", main=__main__.command, config=None),
+        "unknown command 'trian'. Did you mean train?",
+    )
+    has(
+        refused("train", "--config=gone.py", main=__main__.command, config=None),
+        "--config=gone.py: no such file",
+    )
     assert __main__.command([]) == 0
     has(capsys.readouterr().out, *__main__.COMMANDS)
 

@@ -46,7 +46,10 @@ class TestDoor:
         assert (config.model.kv_heads, config.model.head_dim) == (8, 64)
 
     def test_nested_override(self):
-        config = resolved(model=dict(dim=128, heads=4, kv_heads=2, rope_scaling=dict(factor=8.0)), train=dict(steps=7))
+        config = resolved(
+            model=dict(dim=128, heads=4, kv_heads=2, rope_scaling=dict(factor=8.0)),
+            train=dict(steps=7),
+        )
         assert (config.model.head_dim, config.model.kv_heads, config.train.steps) == (32, 2, 7)
         assert config.model.rope_scaling == RopeScaling(factor=8.0)
 
@@ -69,8 +72,14 @@ class TestDoor:
         ("groups", "words"),
         [
             (dict(model=dict(dimm=3)), ["'model.dimm'", "Did you mean model.dim?"]),
-            (dict(model=dict(rope_scaling=dict(factr=2.0))), ["Did you mean model.rope_scaling.factor?"]),
-            (dict(data=dict(learning_rate=1.0)), ["'data.learning_rate'", "optimizer.learning_rate"]),
+            (
+                dict(model=dict(rope_scaling=dict(factr=2.0))),
+                ["Did you mean model.rope_scaling.factor?"],
+            ),
+            (
+                dict(data=dict(learning_rate=1.0)),
+                ["'data.learning_rate'", "optimizer.learning_rate"],
+            ),
             (dict(nonsense=dict(a=1)), ["'nonsense'", "Known: "]),
             (dict(train=dict(steps="ten")), ["train.steps='ten'"]),
             (dict(train=dict(steps=1.5)), ["train.steps=1.5"]),
@@ -145,10 +154,16 @@ class TestRules:
         text = message(resolved, **nested(path, "nonsense"))
         assert f"{path}='nonsense' is not one of {', '.join(CHOICES[path])}." in text
         for choice in CHOICES[path]:
-            scaled = dict(precision=dict(compute="float16", loss_scale=65536.0)) if choice == "float16" else {}
+            scaled = (
+                dict(precision=dict(compute="float16", loss_scale=65536.0))
+                if choice == "float16"
+                else {}
+            )
             resolved(**(scaled or nested(path, choice)))
 
-    @pytest.mark.parametrize("precision", [dict(compute="float16"), dict(compute="bfloat16", loss_scale=8.0)])
+    @pytest.mark.parametrize(
+        "precision", [dict(compute="float16"), dict(compute="bfloat16", loss_scale=8.0)]
+    )
     def test_float16_and_a_loss_scale_belong_together(self, precision):
         assert "float16 needs a loss scale" in message(resolved, precision=precision)
 
@@ -173,7 +188,9 @@ class TestRules:
     )
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_positive_floats(self, path, value):
-        assert f"{path}={value} must be finite and positive" in message(resolved, **nested(path, value))
+        assert f"{path}={value} must be finite and positive" in message(
+            resolved, **nested(path, value)
+        )
 
     @pytest.mark.parametrize(
         "path",
@@ -187,11 +204,15 @@ class TestRules:
         text = message(resolved, **nested(path, kind(-1)))
         assert f"{path}={kind(-1)} must be finite and not negative; use at least 0" in text
 
-    @pytest.mark.parametrize("path", ["optimizer.beta1", "optimizer.beta2", "data.validation_fraction"])
+    @pytest.mark.parametrize(
+        "path", ["optimizer.beta1", "optimizer.beta2", "data.validation_fraction"]
+    )
     @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
     def test_fractions(self, path, value):
         resolved(**nested(path, 0.0))
-        assert f"{path}={value} must be at least 0 and below 1" in message(resolved, **nested(path, value))
+        assert f"{path}={value} must be at least 0 and below 1" in message(
+            resolved, **nested(path, value)
+        )
 
     @pytest.mark.parametrize("value", [0.0, 1.1, float("nan")])
     def test_decay_fraction(self, value):
@@ -205,12 +226,18 @@ class TestRules:
 
     def test_heads_divide_dim(self):
         text = message(resolved, model=dict(dim=100, heads=3))
-        assert "model.dim=100 is not divisible by model.heads=3; use model.heads in {1, 2, 4, 5, 10, 20}" in text
+        assert (
+            "model.dim=100 is not divisible by model.heads=3; use model.heads in {1, 2, 4, 5, 10, "
+            "20}" in text
+        )
         assert "model.head_dim" in text
 
     def test_kv_heads_divide_heads(self):
         text = message(resolved, model=dict(heads=8, kv_heads=3))
-        assert "model.heads=8 is not divisible by model.kv_heads=3; use model.kv_heads in {1, 2, 4, 8}" in text
+        assert (
+            "model.heads=8 is not divisible by model.kv_heads=3; use model.kv_heads in {1, 2, 4, 8}"
+            in text
+        )
         assert "model.heads in {6, 9}" in text
         assert "{16}" in message(resolved, model=dict(heads=8, kv_heads=16))
 
@@ -225,12 +252,18 @@ class TestRules:
 
     def test_microbatches_divide_batch(self):
         text = message(resolved, train=dict(batch_size=10, microbatches=4))
-        assert "train.batch_size=10 is not divisible by train.microbatches=4; use train.microbatches in" in text
+        assert (
+            "train.batch_size=10 is not divisible by train.microbatches=4; use train.microbatches "
+            "in" in text
+        )
         assert "{1, 2, 5, 10}" in text and "{8, 12}" in text
 
     def test_zigzag_is_not_for_ulysses(self):
         text = message(resolved, parallel=dict(context="ulysses", zigzag=True))
-        assert "parallel.zigzag=True" in text and "use parallel.zigzag=false, or parallel.context=ring" in text
+        assert (
+            "parallel.zigzag=True" in text
+            and "use parallel.zigzag=false, or parallel.context=ring" in text
+        )
         resolved(parallel=dict(context="all_gather", zigzag=True))
 
 
@@ -242,7 +275,9 @@ class TestMesh:
 
     def test_minus_one_takes_what_is_left(self):
         assert resolve_mesh({"fsdp": -1, "tensor": 2}, 8) == MeshConfig(fsdp=4, tensor=2)
-        assert resolve_mesh({"fsdp": -1, "data": 2, "tensor": 2}, 8) == MeshConfig(data=2, fsdp=2, tensor=2)
+        assert resolve_mesh({"fsdp": -1, "data": 2, "tensor": 2}, 8) == MeshConfig(
+            data=2, fsdp=2, tensor=2
+        )
         assert resolve_mesh({"fsdp": -1, "tensor": 8}, 8) == MeshConfig(tensor=8)
 
     def test_minus_one_leaves_data_at_one(self):
@@ -283,10 +318,22 @@ class TestMesh:
     @pytest.mark.parametrize(
         ("sizes", "words"),
         [
-            ({"tensor": 3}, ["tensor=3 = 3 does not divide 8 devices", "{1, 2, 4, 8}", "--cpu_devices=3"]),
-            ({"fsdp": -1, "tensor": 16}, ["tensor=16 = 16 does not divide 8", "mesh.fsdp=-1", "--cpu_devices=16"]),
-            ({"data": 2, "tensor": 2}, ["data=2 x tensor=2 = 4 does not use 8 devices", "--cpu_devices=4"]),
-            ({"data": 2, "fsdp": 3, "tensor": 5}, ["= 30 does not use 8 devices", "--cpu_devices=30"]),
+            (
+                {"tensor": 3},
+                ["tensor=3 = 3 does not divide 8 devices", "{1, 2, 4, 8}", "--cpu_devices=3"],
+            ),
+            (
+                {"fsdp": -1, "tensor": 16},
+                ["tensor=16 = 16 does not divide 8", "mesh.fsdp=-1", "--cpu_devices=16"],
+            ),
+            (
+                {"data": 2, "tensor": 2},
+                ["data=2 x tensor=2 = 4 does not use 8 devices", "--cpu_devices=4"],
+            ),
+            (
+                {"data": 2, "fsdp": 3, "tensor": 5},
+                ["= 30 does not use 8 devices", "--cpu_devices=30"],
+            ),
             ({"data": 16}, ["data=16 = 16 does not use 8 devices", "--cpu_devices=16"]),
         ],
     )
@@ -300,37 +347,77 @@ class TestMeshAgainstConfig:
         ("groups", "sizes", "words"),
         [
             ({}, dict(tensor=3), ["model.heads=8", "mesh.tensor=3", "{1, 2, 4, 8}"]),
-            (dict(model=dict(kv_heads=2)), dict(tensor=4), ["model.kv_heads=2", "mesh.tensor=4", "{1, 2}"]),
-            (dict(model=dict(ffn_dim=1404)), dict(tensor=8), ["model.ffn_dim=1404", "mesh.tensor=8", "{1400, 1408}"]),
-            (dict(model=dict(vocab_size=50257)), dict(tensor=2), ["model.vocab_size=50257", "{50256, 50258}"]),
+            (
+                dict(model=dict(kv_heads=2)),
+                dict(tensor=4),
+                ["model.kv_heads=2", "mesh.tensor=4", "{1, 2}"],
+            ),
+            (
+                dict(model=dict(ffn_dim=1404)),
+                dict(tensor=8),
+                ["model.ffn_dim=1404", "mesh.tensor=8", "{1400, 1408}"],
+            ),
+            (
+                dict(model=dict(vocab_size=50257)),
+                dict(tensor=2),
+                ["model.vocab_size=50257", "{50256, 50258}"],
+            ),
             ({}, dict(fsdp=3), ["model.dim=512", "mesh.fsdp=3", "{1, 2, 4, 8, 16, 32}"]),
             ({}, dict(sequence=3), ["data.sequence_length=256", "mesh.sequence=3", "{255, 258}"]),
             (
                 dict(data=dict(sequence_length=72)),
                 dict(sequence=4, tensor=4),
-                ["data.sequence_length=72", "= 16", "{64, 80}", "--config.parallel.sequence_parallel=false"],
+                [
+                    "data.sequence_length=72",
+                    "= 16",
+                    "{64, 80}",
+                    "--config.parallel.sequence_parallel=false",
+                ],
             ),
             (
                 dict(data=dict(sequence_length=36), parallel=dict(zigzag=True)),
                 dict(sequence=4),
-                ["data.sequence_length=36", "2 x mesh.sequence = 8", "{32, 40}", "parallel.zigzag=false"],
+                [
+                    "data.sequence_length=36",
+                    "2 x mesh.sequence = 8",
+                    "{32, 40}",
+                    "parallel.zigzag=false",
+                ],
             ),
             (
                 dict(parallel=dict(context="ulysses")),
                 dict(sequence=8, tensor=2),
-                ["model.heads=8 / mesh.tensor=2 = 4", "mesh.sequence=8", "{1, 2, 4}", "parallel.context=ring"],
+                [
+                    "model.heads=8 / mesh.tensor=2 = 4",
+                    "mesh.sequence=8",
+                    "{1, 2, 4}",
+                    "parallel.context=ring",
+                ],
             ),
             (
                 dict(model=dict(kv_heads=2), parallel=dict(context="ulysses")),
                 dict(sequence=4),
-                ["model.kv_heads=2 / mesh.tensor=1 = 2", "mesh.sequence=4", "{1, 2}", "parallel.context=ring"],
+                [
+                    "model.kv_heads=2 / mesh.tensor=1 = 2",
+                    "mesh.sequence=4",
+                    "{1, 2}",
+                    "parallel.context=ring",
+                ],
             ),
             ({}, dict(data=3), ["train.batch_size=32", "= 3 ", "{30, 33}"]),
-            ({}, dict(data=2, fsdp=16, expert=2), ["train.batch_size=32", "= 64 ", "{64}", "{1, 2, 4, 8, 16, 32}"]),
+            (
+                {},
+                dict(data=2, fsdp=16, expert=2),
+                ["train.batch_size=32", "= 64 ", "{64}", "{1, 2, 4, 8, 16, 32}"],
+            ),
             (
                 dict(train=dict(microbatches=8)),
                 dict(fsdp=8),
-                ["microbatches=8 x data=1 x fsdp=8 x expert=1 = 64", "train.batch_size in {64}", "{1, 2, 4}"],
+                [
+                    "microbatches=8 x data=1 x fsdp=8 x expert=1 = 64",
+                    "train.batch_size in {64}",
+                    "{1, 2, 4}",
+                ],
             ),
         ],
     )
@@ -363,13 +450,23 @@ class TestMeshAgainstConfig:
     [
         (
             dict(remat="dot"),
-            "memory.remat='dot' has 'dot', which is unknown; use none, dots, attention, full, or names",
+            "memory.remat='dot' has 'dot', which is unknown; use none, dots, attention, full, or "
+            "names",
         ),
-        (dict(remat="gate,keys"), "has 'keys', which is unknown; .* key, value, .*Did you mean key"),
-        (dict(remat=""), "memory.remat='' names nothing; use none, dots, attention, full, or names"),
+        (
+            dict(remat="gate,keys"),
+            "has 'keys', which is unknown; .* key, value, .*Did you mean key",
+        ),
+        (
+            dict(remat=""),
+            "memory.remat='' names nothing; use none, dots, attention, full, or names",
+        ),
         (dict(remat="none,gate"), "has 'none', which is unknown"),
         (dict(remat="optimizer"), "has 'optimizer', which is unknown"),
-        (dict(offload="optimiser"), "memory.offload='optimiser' .*; use names .*optimizer. Did you mean optimizer"),
+        (
+            dict(offload="optimiser"),
+            "memory.offload='optimiser' .*; use names .*optimizer. Did you mean optimizer",
+        ),
         (dict(offload=","), "memory.offload=',' names nothing; use names"),
     ],
 )
@@ -379,7 +476,9 @@ def test_unknown_activations_are_refused(memory, message):
 
 
 def test_offloaded_activations_are_not_kept():
-    memory = resolve(configure(memory=dict(remat="attention", offload="gate, query,optimizer"))).memory
+    memory = resolve(
+        configure(memory=dict(remat="attention", offload="gate, query,optimizer"))
+    ).memory
     assert memory.kept == ("residual", "key", "value", "attention", "attention_output")
     assert memory.offloaded == ("query", "gate") and memory.offload_optimizer
     assert resolve(configure(memory=dict(remat="gate"))).memory.kept == ("residual", "gate")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import parameter_count
+from jaxpar.estimate.counts import parameter_count
 from jaxpar.validation import resolve, validate_mesh
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -48,7 +48,9 @@ def test_stories_is_about_25m():
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "sequence", "tensor"])
-@pytest.mark.parametrize("name", ["tiny", "stories", "llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "stories", "llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b"]
+)
 def test_eight_devices_on_any_axis(name, axis):
     validate_mesh(load(name), MeshConfig(**{axis: 8}))
 

@@ -1,4 +1,5 @@
-"""Context parallelism: every kind, mixed with every other axis, computes what one device computes."""
+"""Context parallelism: every kind, mixed with every other axis, computes what one device
+computes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,16 @@ from test_parity import MODEL, check, make_config, text  # noqa: F401 (a fixture
 
 from jaxpar.attention import Options, TokenInfo, attend, sees
 from jaxpar.config import MeshConfig
-from jaxpar.data import Batch, zigzag_tokens
+from jaxpar.data.batches import Batch, zigzag_tokens
 from jaxpar.sharding import Rules, make_mesh
 
-ALL_KINDS = [("all_gather", False), ("all_gather", True), ("ring", False), ("ring", True), ("ulysses", False)]
+ALL_KINDS = [
+    ("all_gather", False),
+    ("all_gather", True),
+    ("ring", False),
+    ("ring", True),
+    ("ulysses", False),
+]
 
 
 def context_config(text, kind, zigzag, *, remat="none", **groups):  # noqa: F811 (the fixture)
@@ -20,7 +27,8 @@ def context_config(text, kind, zigzag, *, remat="none", **groups):  # noqa: F811
     return make_config(text, remat=remat, **settings | groups)
 
 
-# Packed documents and grouped queries in all of them; each kind with remat and without, alone and mixed.
+# Packed documents and grouped queries in all of them; each kind with remat and without, alone and
+# mixed.
 @pytest.mark.parametrize(
     ("kind", "zigzag", "sizes", "remat"),
     [
@@ -60,7 +68,13 @@ def test_every_kind_on_every_mesh(text, kind, zigzag, sizes, remat):  # noqa: F8
     ("kind", "zigzag", "sizes", "length", "model"),
     [
         # blocks of five tokens; three devices; one key-value head for six query heads
-        ("ring", False, dict(sequence=3), 15, dict(dim=30, layers=1, heads=6, kv_heads=1, head_dim=10, ffn_dim=33)),
+        (
+            "ring",
+            False,
+            dict(sequence=3),
+            15,
+            dict(dim=30, layers=1, heads=6, kv_heads=1, head_dim=10, ffn_dim=33),
+        ),
         # zigzag's chunks of one token
         ("ring", True, dict(sequence=3), 6, dict(layers=1)),
         ("ulysses", False, dict(sequence=3), 15, dict(layers=1, heads=6, kv_heads=3, head_dim=10)),
@@ -70,17 +84,28 @@ def test_every_kind_on_every_mesh(text, kind, zigzag, sizes, remat):  # noqa: F8
     ids=["ring odd", "ring smallest", "ulysses odd", "ring of one"],
 )
 def test_odd_sizes(text, kind, zigzag, sizes, length, model):  # noqa: F811
-    data = dict(source=str(text), tokenizer="bytes", sequence_length=length, validation_fraction=0.0)
+    data = dict(
+        source=str(text), tokenizer="bytes", sequence_length=length, validation_fraction=0.0
+    )
     parallel = dict(context=kind, zigzag=zigzag, sequence_parallel=False)
     check(
-        context_config(text, kind, zigzag, data=data, model=MODEL | dict(init_std=0.1) | model, parallel=parallel),
+        context_config(
+            text,
+            kind,
+            zigzag,
+            data=data,
+            model=MODEL | dict(init_std=0.1) | model,
+            parallel=parallel,
+        ),
         sizes,
     )
 
 
 @pytest.mark.parametrize(("kind", "zigzag"), [("ring", True), ("ulysses", False)])
 def test_unpacked_documents_and_padding(text, kind, zigzag):  # noqa: F811
-    config = context_config(text, kind, zigzag, data=dict(packing=False), train=dict(batch_size=8, microbatches=2))
+    config = context_config(
+        text, kind, zigzag, data=dict(packing=False), train=dict(batch_size=8, microbatches=2)
+    )
     check(config, dict(data=2, sequence=2, tensor=2))
 
 
@@ -94,13 +119,16 @@ def random_inputs(mesh, dtype):
     places = np.broadcast_to(np.arange(S), (B, S))
     segments = 1 + (places >= starts)
     positions = places - np.where(segments == 2, starts, 0)
-    info = zigzag_tokens(Batch(*(x.astype(np.int32) for x in (places, places, positions, segments))), c)
+    info = zigzag_tokens(
+        Batch(*(x.astype(np.int32) for x in (places, places, positions, segments))), c
+    )
 
     def put(x, *names):
         return jax.device_put(x, NamedSharding(mesh, rules.spec(*names)))
 
     heads = [
-        put(x, "batch", "seq", n, "head_dim") for x, n in zip((q, k, v), ("heads", "kv_heads", "kv_heads"), strict=True)
+        put(x, "batch", "seq", n, "head_dim")
+        for x, n in zip((q, k, v), ("heads", "kv_heads", "kv_heads"), strict=True)
     ]
     queries = TokenInfo(*(put(x, "batch", "seq") for x in (info.positions, info.segments)))
     keys = TokenInfo(*(put(x, "batch", None) for x in (info.positions, info.segments)))
@@ -109,7 +137,9 @@ def random_inputs(mesh, dtype):
 
 def gradients(kind, heads, queries, keys):
     def objective(q, k, v):
-        return jnp.sum(jnp.sin(attend(q, k, v, queries, keys, Rules(), Options(kind)).astype(jnp.float32)))
+        return jnp.sum(
+            jnp.sin(attend(q, k, v, queries, keys, Rules(), Options(kind)).astype(jnp.float32))
+        )
 
     return [np.asarray(g, np.float64) for g in jax.jit(jax.grad(objective, (0, 1, 2)))(*heads)]
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxpar import counts, hardware, memory
 from jaxpar.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxpar.estimate import counts, hardware, memory
 from jaxpar.validation import CHOICES
 
 LLAMA2_7B = ModelConfig(vocab_size=32000, dim=4096, layers=32, heads=32, ffn_dim=11008)
@@ -13,7 +13,9 @@ SMALL = ModelConfig(vocab_size=512, dim=256, layers=2, heads=4, kv_heads=2, ffn_
 
 
 def llama3(dim: int, layers: int, heads: int, ffn_dim: int) -> ModelConfig:
-    return ModelConfig(vocab_size=128256, dim=dim, layers=layers, heads=heads, kv_heads=8, ffn_dim=ffn_dim)
+    return ModelConfig(
+        vocab_size=128256, dim=dim, layers=layers, heads=heads, kv_heads=8, ffn_dim=ffn_dim
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,11 +54,15 @@ def test_a_tied_head_is_counted_once_but_still_multiplied():
 
 
 def test_flops_of_llama2_7b_by_hand():
-    config = Config(model=LLAMA2_7B, data=DataConfig(sequence_length=4096), train=TrainConfig(batch_size=8))
+    config = Config(
+        model=LLAMA2_7B, data=DataConfig(sequence_length=4096), train=TrainConfig(batch_size=8)
+    )
     flops = counts.step_flops(config)
     norms = (2 * 32 + 1) * 4096
     assert flops.matmul == 6 * (6_738_415_616 - 32000 * 4096 - norms)
-    assert flops.attention_square == 12 * 32 * 4096 * 4096  # torchtitan: 12 x layers x heads x head_dim x length
+    assert (
+        flops.attention_square == 12 * 32 * 4096 * 4096
+    )  # torchtitan: 12 x layers x heads x head_dim x length
     assert flops.attention == flops.attention_square // 2
     assert flops.tokens == 8 * 4096
     assert flops.per_step == (flops.matmul + flops.attention) * 8 * 4096
@@ -95,7 +101,9 @@ def test_flops_of_llama2_7b_by_hand():
     ],
 )
 def test_peak_of_device_kinds(kind, dtype, tera):
-    assert hardware.peak_flops(kind, dtype) == (None if tera is None else pytest.approx(tera * 1e12))
+    assert hardware.peak_flops(kind, dtype) == (
+        None if tera is None else pytest.approx(tera * 1e12)
+    )
 
 
 def bytes_of(optimizer: str, mesh: MeshConfig) -> dict[str, int]:
@@ -111,10 +119,17 @@ def test_state_bytes_are_those_optax_allocates(name, layers):
 
     model = dataclasses.replace(SMALL, layers=layers)
     config = Config(model=model, optimizer=OptimizerConfig(name=name))
-    shapes = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in counts.parameter_shapes(model).items()}
+    shapes = {
+        name: jax.ShapeDtypeStruct(s, "float32")
+        for name, s in counts.parameter_shapes(model).items()
+    }
     state = jax.eval_shape(make_optimizer(config).init, shapes)
     parameters, optimizer = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.size > 32 and leaf.size != layers)
+        sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+            if leaf.size > 32 and leaf.size != layers
+        )
         for tree in (shapes, state)
     )
     assert memory.state_bytes(config, MeshConfig()) == {
@@ -128,7 +143,12 @@ def test_state_bytes_are_those_optax_allocates(name, layers):
 def test_state_bytes_by_hand():
     count = counts.parameter_count(SMALL)
     hidden = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
-    for name, elements in [("adamw", 2 * count), ("lion", count), ("sgd", count), ("muon", 2 * count - hidden)]:
+    for name, elements in [
+        ("adamw", 2 * count),
+        ("lion", count),
+        ("sgd", count),
+        ("muon", 2 * count - hidden),
+    ]:
         assert bytes_of(name, MeshConfig())["optimizer"] == 4 * elements
 
 
@@ -144,7 +164,8 @@ def test_state_is_sharded_over_fsdp_and_tensor_only():
 def test_describe_batch():
     config = Config(train=TrainConfig(batch_size=32, microbatches=4))
     assert counts.describe_batch(config, MeshConfig(data=2, fsdp=2, tensor=2)) == (
-        "global batch 32 sequences x 256 tokens = 8,192 tokens a step = 2 a device x 4 microbatches x data=2 x fsdp=2"
+        "global batch 32 sequences x 256 tokens = 8,192 tokens a step = 2 a device x 4 "
+        "microbatches x data=2 x fsdp=2"
     )
     single = counts.describe_batch(Config(), MeshConfig())
     assert single.endswith("= 8,192 tokens a step = 32 a device x 1 microbatch")

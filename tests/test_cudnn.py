@@ -1,5 +1,6 @@
-"""What is asked of cuDNN, on CPUs: its calls are emulated to the letter of their interface (`fused_emulation`), so that
-offsets, lengths, padding, shards and gradients are held against XLA. On a GPU: test_attention_gpu.py."""
+"""What is asked of cuDNN, on CPUs: its calls are emulated to the letter of their interface
+(`fused_emulation`), so that offsets, lengths, padding, shards and gradients are held against XLA.
+On a GPU: test_attention_gpu.py."""
 
 import dataclasses
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxpar import attention, cudnn
+from jaxpar import attention
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import ConfigError, MeshConfig
+from jaxpar.kernels import cudnn
 from jaxpar.sharding import Rules, make_mesh
 
 S = 48
@@ -32,7 +34,9 @@ def rows(lengths: list[list[int]], length: int = S) -> TokenInfo:
 
 def random_rows(seed: int, count: int) -> TokenInfo:
     random = np.random.default_rng(seed)
-    documents = [list(random.choice([1, 1, 2, 3, 7, 20, 60], random.integers(1, 14))) for _ in range(count)]
+    documents = [
+        list(random.choice([1, 1, 2, 3, 7, 20, 60], random.integers(1, 14))) for _ in range(count)
+    ]
     return rows(documents)
 
 
@@ -66,11 +70,19 @@ def results(mesh, info: TokenInfo, options: Options, dtype=jnp.float32, head_dim
 
         heads = ("heads", 4), ("kv_heads", 2), ("kv_heads", 2)
         qkv = [
-            put(draw((B, T, n, head_dim), np.float32).astype(dtype), "batch", "seq", name, "head_dim")
+            put(
+                draw((B, T, n, head_dim), np.float32).astype(dtype),
+                "batch",
+                "seq",
+                name,
+                "head_dim",
+            )
             for name, n in heads
         ]
         queries, keys = (TokenInfo(*(put(x, "batch", dim) for x in info)) for dim in ("seq", None))
-        return jax.tree.map(np.asarray, jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv, queries, keys))
+        return jax.tree.map(
+            np.asarray, jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv, queries, keys)
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,9 @@ def test_packed_documents(info, sizes, context, monkeypatch):
         np.testing.assert_allclose(other, one, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [MeshConfig(), MeshConfig(sequence=4)], ids=["one device", "four parts"])
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(), MeshConfig(sequence=4)], ids=["one device", "four parts"]
+)
 def test_unpacked_documents_and_padding(sizes, monkeypatch):
     mesh, info = make_mesh(sizes, jax.devices()[: sizes.devices]), rows([[30], [S]])
     expected = results(mesh, info, Options())
@@ -106,9 +120,14 @@ def test_unpacked_documents_and_padding(sizes, monkeypatch):
 
 
 def test_the_emulation_takes_documents_as_cudnn_does(monkeypatch):
-    """The offsets and lengths of one example, written out: 4 heads of 8, rows of 6 tokens, two documents at a time."""
+    """The offsets and lengths of one example, written out: 4 heads of 8, rows of 6 tokens, two
+    documents at a time."""
     info, seen = rows([[2, 3], [4, 1, 1]], 6), []
-    monkeypatch.setattr(cudnn, "_forward_call", lambda q, k, v, packed, causal: seen.append((packed, causal)) or stop())
+    monkeypatch.setattr(
+        cudnn,
+        "_forward_call",
+        lambda q, k, v, packed, causal: seen.append((packed, causal)) or stop(),
+    )
 
     def stop():
         raise InterruptedError
@@ -130,21 +149,43 @@ REFUSED = {
     "a CPU": (None, "bfloat16", 64, False, "needs NVIDIA GPUs of compute capability 8.0"),
     "Volta": ((7, 0), "bfloat16", 64, False, "needs NVIDIA GPUs of compute capability 8.0"),
     "float32": ((9, 0), "float32", 64, False, "precision.compute is float32"),
-    "an odd head": ((9, 0), "bfloat16", 68, False, "model.head_dim=68 must be a multiple of 8 and at most 256"),
-    "a large head": ((8, 6), "bfloat16", 136, False, "model.head_dim=136 must be a multiple of 8 and at most 128"),
+    "an odd head": (
+        (9, 0),
+        "bfloat16",
+        68,
+        False,
+        "model.head_dim=68 must be a multiple of 8 and at most 256",
+    ),
+    "a large head": (
+        (8, 6),
+        "bfloat16",
+        136,
+        False,
+        "model.head_dim=136 must be a multiple of 8 and at most 128",
+    ),
     "packed before Hopper": ((8, 6), "bfloat16", 64, True, "use data.packing=false"),
 }
-HONOURED = [((8, 0), 64, False), ((8, 6), 128, False), ((9, 0), 64, True), ((9, 0), 256, True), ((10, 0), 128, True)]
+HONOURED = [
+    ((8, 0), 64, False),
+    ((8, 6), 128, False),
+    ((9, 0), 64, True),
+    ((9, 0), 256, True),
+    ((10, 0), 128, True),
+]
 
 
-@pytest.mark.parametrize(("capability", "dtype", "head_dim", "packed", "why"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "packed", "why"), REFUSED.values(), ids=REFUSED
+)
 def test_what_cudnn_cannot(capability, dtype, head_dim, packed, why):
     assert why in cudnn.refusal(capability, jnp.dtype(dtype), (1, 128, 8, head_dim), packed=packed)
 
 
 @pytest.mark.parametrize(("capability", "head_dim", "packed"), HONOURED, ids=str)
 def test_what_cudnn_can(capability, head_dim, packed):
-    assert not cudnn.refusal(capability, jnp.dtype("bfloat16"), (1, 128, 8, head_dim), packed=packed)
+    assert not cudnn.refusal(
+        capability, jnp.dtype("bfloat16"), (1, 128, 8, head_dim), packed=packed
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +202,8 @@ def test_asked_for_it_is_refused_and_auto_takes_xla(sizes, options, why):
     expected = results(mesh, info, options)
     auto = results(mesh, info, dataclasses.replace(options, implementation="auto"))
     jax.tree.map(np.testing.assert_array_equal, auto, expected)
-    with pytest.raises(ConfigError, match=f"attention.implementation=cudnn: .*{why}.*implementation=auto"):
+    with pytest.raises(
+        ConfigError, match=f"attention.implementation=cudnn: .*{why}.*implementation=auto"
+    ):
         results(mesh, info, dataclasses.replace(options, implementation="cudnn"))
     assert attention.Options().implementation == "xla"

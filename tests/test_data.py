@@ -8,24 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpar import data as data_module
-from jaxpar import sources
 from jaxpar.config import ConfigError, DataConfig
-from jaxpar.data import (
+from jaxpar.data import corpus as corpus_module
+from jaxpar.data import sources
+from jaxpar.data.batches import (
     Batch,
-    Data,
     batch_indices,
     batches,
     evaluation_batches,
     global_batch,
-    held_out,
     local_rows,
-    open_data,
-    unigram_entropy,
     zigzag_tokens,
 )
-from jaxpar.shards import Stream
-from jaxpar.windows import Windows
+from jaxpar.data.corpus import Corpus, held_out, open_corpus, unigram_entropy
+from jaxpar.data.shards import Stream
+from jaxpar.data.windows import Windows
 
 BYTES = DataConfig(source="", tokenizer="bytes", sequence_length=4, validation_fraction=0.0)
 
@@ -36,12 +33,13 @@ def numbered(count: int) -> Windows:
     return Windows(stream, sequence_length=2, eot=count + 1, vocab_size=count + 2, packing=True)
 
 
-def open_bytes(source: Path | str, **changes: object) -> Data:
-    return open_data(replace(BYTES, source=str(source), **changes), vocab_size=257, seed=0)
+def open_bytes(source: Path | str, **changes: object) -> Corpus:
+    return open_corpus(replace(BYTES, source=str(source), **changes), vocab_size=257, seed=0)
 
 
 def text_of(windows: Windows) -> str:
-    """What the windows of a byte stream say, `|` for the end of a document; and that they overlap by one token."""
+    """What the windows of a byte stream say, `|` for the end of a document; and that they overlap
+    by one token."""
     stream = np.empty(len(windows.stream), np.int32)
     windows.stream.read_into(stream, 0)
     return "".join("|" if token == 256 else chr(token) for token in stream)
@@ -60,7 +58,9 @@ def test_batch_is_a_function_of_seed_and_step() -> None:
     take = {"seed": 3, "batch_size": 4}
     straight = list(batches(windows, **take, stop=12))
     for start, prefetch in ((0, 0), (5, 1), (7, 4)):
-        for n, batch in enumerate(batches(windows, **take, start=start, stop=12, prefetch=prefetch), start):
+        for n, batch in enumerate(
+            batches(windows, **take, start=start, stop=12, prefetch=prefetch), start
+        ):
             assert all((a == b).all() for a, b in zip(batch, straight[n], strict=True))
     other = batches(windows, seed=4, batch_size=4, stop=12)
     assert any((a.tokens != b.tokens).any() for a, b in zip(straight, other, strict=True))
@@ -71,10 +71,14 @@ def test_batch_is_a_function_of_seed_and_step() -> None:
 
 def test_every_window_once_an_epoch_in_another_order() -> None:
     windows = numbered(10)
-    seen = np.array([batch_indices(windows, seed=0, batch_size=5, step=n) for n in range(8)]).reshape(4, 10)
+    seen = np.array(
+        [batch_indices(windows, seed=0, batch_size=5, step=n) for n in range(8)]
+    ).reshape(4, 10)
     assert (np.sort(seen) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in seen}) == 4
-    next_seed = np.array([batch_indices(windows, seed=1, batch_size=5, step=n) for n in range(8)]).reshape(4, 10)
+    next_seed = np.array(
+        [batch_indices(windows, seed=1, batch_size=5, step=n) for n in range(8)]
+    ).reshape(4, 10)
     assert not {tuple(epoch) for epoch in seen} & {tuple(epoch) for epoch in next_seed}
 
 
@@ -130,7 +134,9 @@ def test_evaluation_covers_the_split() -> None:
 
 def test_evaluation_is_spread_over_the_split() -> None:
     found = list(evaluation_batches(numbered(100), batch_size=5, count=2, rows=[0, 1, 2, 3, 4]))
-    assert np.concatenate([batch.tokens[0, :, 0] for batch in found]).tolist() == list(range(0, 100, 10))
+    assert np.concatenate([batch.tokens[0, :, 0] for batch in found]).tolist() == list(
+        range(0, 100, 10)
+    )
     assert len(list(evaluation_batches(numbered(7), batch_size=4, count=50))) == 2
     by_two = next(evaluation_batches(numbered(100), batch_size=4, count=1, microbatches=2))
     assert by_two.tokens[..., 0].tolist() == [[0, 25], [50, 75]]
@@ -155,7 +161,9 @@ def test_zigzag_deals_out_heads_and_tails() -> None:
     batch = Batch(field, field + 1, field % 12, field // 12)
     dealt = zigzag_tokens(batch, 3)
     assert dealt.positions[0, 1].tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
-    assert (dealt.targets == dealt.tokens + 1).all() and (dealt.positions == dealt.tokens % 12).all()
+    assert (dealt.targets == dealt.tokens + 1).all() and (
+        dealt.positions == dealt.tokens % 12
+    ).all()
     assert (dealt.segments == batch.segments).all()
     causal_work = (dealt.positions[0, 0].reshape(3, -1) + 1).sum(1)
     assert (causal_work == causal_work[0]).all()
@@ -164,8 +172,12 @@ def test_zigzag_deals_out_heads_and_tails() -> None:
 
 def test_local_rows_of_one_process() -> None:
     class Half:  # of the devices of a mesh are this process's own
-        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[int, tuple[slice, ...]]:
-            return {d: (slice(None), slice(4 * d // 2, 4 * d // 2 + 2), slice(None)) for d in (1, 2)}
+        def addressable_devices_indices_map(
+            self, shape: tuple[int, ...]
+        ) -> dict[int, tuple[slice, ...]]:
+            return {
+                d: (slice(None), slice(4 * d // 2, 4 * d // 2 + 2), slice(None)) for d in (1, 2)
+            }
 
     assert local_rows(Half(), (1, 8, 4)) == [2, 3, 4, 5]  # type: ignore[arg-type]
 
@@ -195,7 +207,9 @@ def test_split_of_few_documents(tmp_path: Path) -> None:
     assert text_of(data.validation) == "b" * 9 + "|", "10 of 200 tokens"
     assert text_of(data.train) == "a" * 99 + "|" + "b" * 90
     assert data.documents == 2
-    assert text_of(open_bytes(path, validation_fraction=0.5).validation) == "b" * 99 + "|", "enough for a whole one"
+    assert text_of(open_bytes(path, validation_fraction=0.5).validation) == "b" * 99 + "|", (
+        "enough for a whole one"
+    )
     least = open_bytes(path, validation_fraction=0.001)
     assert text_of(least.validation) == "b|", "one prediction at least"
 
@@ -217,15 +231,17 @@ def test_validation_source(tmp_path: Path) -> None:
 
 
 def test_stories() -> None:
-    data = open_data(DataConfig(), vocab_size=50304, seed=0)
+    data = open_corpus(DataConfig(), vocab_size=50304, seed=0)
     assert (data.documents, data.tokens) == (98, 270_004)
     assert len(data.train) == 1007 and len(data.validation) == 49
-    assert 6.0 < data.unigram_entropy < 7.0
+    assert 6.0 < unigram_entropy < 7.0
     assert data.tokenizer.decode(data.train[0].tokens).startswith("P R E F A C E")
 
 
 def test_unigram_entropy() -> None:
-    assert unigram_entropy(Stream([np.array([5, 1, 1, 5, 0, 0, 3, 3], np.uint16)])) == pytest.approx(np.log(4))
+    assert unigram_entropy(
+        Stream([np.array([5, 1, 1, 5, 0, 0, 3, 3], np.uint16)])
+    ) == pytest.approx(np.log(4))
 
 
 # Sources.
@@ -243,10 +259,12 @@ def test_jsonl_parquet_and_globs(tmp_path: Path) -> None:
     assert text_of(data.train) == "one|two|thr\u00c3\u00a9e|four|"
 
 
-def test_parallel_tokenizing_keeps_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_parallel_tokenizing_keeps_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
     path = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(f"{i:03}" for i in range(300)))
-    monkeypatch.setattr(data_module, "batched", lambda texts, _: sources.batched(texts, 10))
-    monkeypatch.setattr(data_module, "LARGE_TEXT", 100)
+    monkeypatch.setattr(corpus_module, "batched", lambda texts, _: sources.batched(texts, 10))
+    monkeypatch.setattr(corpus_module, "LARGE_TEXT", 100)
     assert text_of(open_bytes(path).train) == "".join(f"{i:03}|" for i in range(300))
     assert sum("jaxpar.prepare" in message for message in caplog.messages) == 1
 
@@ -256,14 +274,18 @@ def test_raw_shards(tmp_path: Path, dtype: str) -> None:
     for i in range(3):
         np.arange(10 * i, 10 * i + 10).astype(dtype).tofile(tmp_path / f"{i}.bin")
     shard_dtype = "auto" if dtype == "uint16" else dtype
-    data = open_bytes(tmp_path / "*.bin", shard_dtype=shard_dtype, validation_fraction=0.3, sequence_length=5)
+    data = open_bytes(
+        tmp_path / "*.bin", shard_dtype=shard_dtype, validation_fraction=0.3, sequence_length=5
+    )
     assert (data.train[3].tokens == np.arange(15, 20)).all(), "across shards"
     assert (len(data.train), len(data.validation)) == (5, 1)
     assert data.validation[0].tokens.tolist() == [25, 26, 27, 28, 29], "whole windows at the end"
     assert data.documents is None and data.tokens == 30
 
 
-@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
+@pytest.mark.parametrize(
+    ("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")]
+)
 def test_llmc_shards(tmp_path: Path, magic: int, version: int, dtype: str) -> None:
     def shard(name: str, version: int, tokens: int) -> Path:
         header = np.zeros(256, "<i4")
@@ -284,7 +306,9 @@ def test_dtype_from_manifest(tmp_path: Path) -> None:
     np.arange(8, dtype=np.uint32).tofile(tmp_path / "val.bin")
     write(tmp_path / "manifest.json", '{"dtype": "uint32"}')
     data = open_bytes(tmp_path, validation_fraction=0.1)
-    assert data.train[0].targets.tolist() == [1, 2, 3, 4] and data.validation[1].tokens.tolist() == [4, 5, 6, 7]
+    assert data.train[0].targets.tolist() == [1, 2, 3, 4] and data.validation[
+        1
+    ].tokens.tolist() == [4, 5, 6, 7]
 
 
 def test_shards_stay_on_disk(tmp_path: Path) -> None:
@@ -310,7 +334,11 @@ def refused(*parts: str, source: Path | str, **changes: object) -> None:
 def test_refuses_files(tmp_path: Path) -> None:
     refused("does not exist", "stories", source=tmp_path / "a.txt")
     refused("matches no file", "stories", source=tmp_path / "*.txt")
-    refused("unknown extension '.csv'", ".txt, .jsonl, .parquet, .bin", source=write(tmp_path / "a.csv", "x"))
+    refused(
+        "unknown extension '.csv'",
+        ".txt, .jsonl, .parquet, .bin",
+        source=write(tmp_path / "a.csv", "x"),
+    )
     refused("no extension and does not exist", "tinystories", source="storeis")
     refused("is empty", source=write(tmp_path / "empty.txt", ""))
     refused("no text but white space", source=write(tmp_path / "blank.txt", " \n\n"))
@@ -320,7 +348,12 @@ def test_refuses_files(tmp_path: Path) -> None:
     np.zeros(8, np.uint16).tofile(tmp_path / "mix.bin")
     write(tmp_path / "mix.txt", "x")
     refused("mixes text and token shards", source=tmp_path / "mix.*")
-    refused("data.validation_source", "does not exist", source=tmp_path / "mix.txt", validation_source="no.txt")
+    refused(
+        "data.validation_source",
+        "does not exist",
+        source=tmp_path / "mix.txt",
+        validation_source="no.txt",
+    )
 
 
 def test_refuses_content(tmp_path: Path) -> None:
@@ -349,18 +382,27 @@ def test_refuses_what_does_not_fit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "abcdefg")
     refused("8 tokens to train on", "at most 8", source=path, sequence_length=9)
     assert len(open_bytes(path, sequence_length=8).train) == 1
-    assert len(open_bytes(path, sequence_length=9, packing=False).train) == 1, "padding is what unpacked windows have"
+    assert len(open_bytes(path, sequence_length=9, packing=False).train) == 1, (
+        "padding is what unpacked windows have"
+    )
     refused("data.validation_fraction=0.9", "leaves nothing", source=path, validation_fraction=0.9)
-    with pytest.raises(ConfigError, match=r"257 ids, more than model.vocab_size=256.*257 \(or 320.*384"):
-        open_data(replace(BYTES, source=str(path)), vocab_size=256, seed=0)
+    with pytest.raises(
+        ConfigError, match=r"257 ids, more than model.vocab_size=256.*257 \(or 320.*384"
+    ):
+        open_corpus(replace(BYTES, source=str(path)), vocab_size=256, seed=0)
     with pytest.raises(ConfigError, match=r"at least 50257 \(or 50304, a multiple of 64 and 128\)"):
-        open_data(DataConfig(), vocab_size=50000, seed=0)
+        open_corpus(DataConfig(), vocab_size=50000, seed=0)
 
 
 def test_refuses_shards(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     np.array([1, 2, 3, 300, 5, 6], np.uint16).tofile(path)
-    refused("token id 300 is beyond model.vocab_size=257", "301 (or 320", "data.shard_dtype", source=path)
+    refused(
+        "token id 300 is beyond model.vocab_size=257",
+        "301 (or 320",
+        "data.shard_dtype",
+        source=path,
+    )
     np.arange(6, dtype=np.uint16).tofile(path)
     refused(
         "fewer than two windows",
@@ -379,9 +421,15 @@ def test_tinystories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "jaxpar"
     folder.mkdir()
     for split in ("train", "valid"):
-        write(folder / f"TinyStories-{split}.txt", f"{split} one\n<|endoftext|>\n{split} two\n<|endoftext|>\n")
+        write(
+            folder / f"TinyStories-{split}.txt",
+            f"{split} one\n<|endoftext|>\n{split} two\n<|endoftext|>\n",
+        )
     data = open_bytes("tinystories", validation_fraction=0.05)
-    assert text_of(data.train) == "train one|train two|" and text_of(data.validation) == "valid one|valid two|"
+    assert (
+        text_of(data.train) == "train one|train two|"
+        and text_of(data.validation) == "valid one|valid two|"
+    )
     assert open_bytes("tinystories").validation is None
 
 

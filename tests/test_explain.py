@@ -1,4 +1,5 @@
-"""`explain`: what it reports is what was compiled; bad requests, crashes and time-outs are told in one message."""
+"""`explain`: what it reports is what was compiled; bad requests, crashes and time-outs are told in
+one message."""
 
 import json
 import resource
@@ -8,18 +9,29 @@ import time
 import jax
 import pytest
 
-from jaxpar import account, apart, explain, hardware, memory, remedy
-from jaxpar.apart import CompileFailed, Target, compile_report, plain_warnings
+from jaxpar import explain
 from jaxpar.config import ConfigError, MeshConfig, configure
-from jaxpar.page import explain_page
+from jaxpar.estimate import hardware, memory, remedy
+from jaxpar.report import account, apart
+from jaxpar.report.apart import CompileFailed, Target, compile_report, plain_warnings
+from jaxpar.report.gantt import picture
+from jaxpar.report.page import explain_page
 from jaxpar.sharding import make_mesh
-from jaxpar.timetable import picture
 from jaxpar.validation import resolve
 
 MODEL = "--config.model.dim=64 --config.model.layers=3 --config.model.heads=4 --config.model.kv_heads=2".split()
 TINY = [
-    *("--config=configs/tiny.py", "--config.model.ffn_dim=96", "--config.model.vocab_size=512", *MODEL),
-    *("--config.data.sequence_length=64", "--config.train.batch_size=8", "--config.train.microbatches=1"),
+    *(
+        "--config=configs/tiny.py",
+        "--config.model.ffn_dim=96",
+        "--config.model.vocab_size=512",
+        *MODEL,
+    ),
+    *(
+        "--config.data.sequence_length=64",
+        "--config.train.batch_size=8",
+        "--config.train.microbatches=1",
+    ),
 ]
 
 
@@ -36,27 +48,43 @@ def report(tmp_path_factory):
     flags = ["--mesh.fsdp=4", "--mesh.tensor=2", "--hardware=h100", "--topology=1x1x8"]
     outputs = [f"--json={folder / 'report.json'}", f"--html={folder / 'report.html'}"]
     assert explain.main([*TINY, *flags, *outputs]) == 0
-    return json.loads((folder / "report.json").read_text()) | {"page": (folder / "report.html").read_text()}
+    return json.loads((folder / "report.json").read_text()) | {
+        "page": (folder / "report.html").read_text()
+    }
 
 
 def test_memory_adds_up(report):
     found = report["memory"]
-    assert found["peak"] == found["arguments"] + found["output"] - found["alias"] + found["temporary"]
+    assert (
+        found["peak"] == found["arguments"] + found["output"] - found["alias"] + found["temporary"]
+    )
     assert sum(found["parts"].values()) == found["peak"]
     config, mesh = tiny_config(), MeshConfig(fsdp=4, tensor=2)
     state = memory.state_bytes(config, mesh)
     by_leaf = {
-        kind: sum(leaf["bytes_per_device"] for leaf in report["by_parameter"] if leaf["name"].startswith(kind))
+        kind: sum(
+            leaf["bytes_per_device"]
+            for leaf in report["by_parameter"]
+            if leaf["name"].startswith(kind)
+        )
         for kind in ("model", "optimizer")
     }
     assert (by_leaf["model"], by_leaf["optimizer"]) == (state["parameters"], state["optimizer"])
-    assert report["backend"] == "NVIDIA H100 80GB HBM3" and report["devices"] == 8 and report["fits"] is True
+    assert (
+        report["backend"] == "NVIDIA H100 80GB HBM3"
+        and report["devices"] == 8
+        and report["fits"] is True
+    )
 
 
 def test_collectives_have_axes_source_and_time(report):
     found = report["collectives"]
     layers = tiny_config().model.layers
-    gathers = [row for row in found if row["op"] == "all-gather" and row["axes"] == ["fsdp"] and row["count"] == layers]
+    gathers = [
+        row
+        for row in found
+        if row["op"] == "all-gather" and row["axes"] == ["fsdp"] and row["count"] == layers
+    ]
     assert {row["source"].partition(":")[0] for row in gathers} == {"model.py"}
     assert {row["phase"] for row in gathers} == {"forward", "backward"}
     assert all(row["bytes"] == row["size"] * row["count"] and row["seconds"] > 0 for row in found)
@@ -67,7 +95,9 @@ def test_collectives_have_axes_source_and_time(report):
 def test_temporaries_name_their_source(report):
     largest = report["temporaries"][0]
     assert largest["bytes"] == max(row["bytes"] for row in report["temporaries"])
-    assert sum(bool(row["source"]) for row in report["temporaries"]) > len(report["temporaries"]) / 2
+    assert (
+        sum(bool(row["source"]) for row in report["temporaries"]) > len(report["temporaries"]) / 2
+    )
     assert report["flops"] > 0
 
 
@@ -95,7 +125,9 @@ def test_page_has_every_leaf_and_collective_and_nothing_from_elsewhere(report):
     assert not reader.open and not reader.urls
     text = " ".join(reader.text)
     assert all(leaf["name"] in text for leaf in report["by_parameter"])
-    assert text.count("all-gather") >= sum(row["op"] == "all-gather" for row in report["collectives"])
+    assert text.count("all-gather") >= sum(
+        row["op"] == "all-gather" for row in report["collectives"]
+    )
     assert "prefers-color-scheme: dark" in report["page"] and "max-width" in report["page"]
 
 
@@ -103,23 +135,32 @@ def test_page_of_what_does_not_fit_and_has_a_pipeline(report):
     memory_ = report["memory"] | {"peak": 90 * 2**30, "parts": {"activations": 90 * 2**30}}
     remedies = [{"flags": "--config.memory.remat=full", "peak": 2**30, "fits": True}]
     warnings = ["<b>no</b>"]
-    page = explain_page(report | dict(memory=memory_, fits=False, remedies=remedies, warnings=warnings), "<svg></svg>")
-    assert "does not fit" in page and "--config.memory.remat=full" in page and "12.89 GiB too much" in page
+    page = explain_page(
+        report | dict(memory=memory_, fits=False, remedies=remedies, warnings=warnings),
+        "<svg></svg>",
+    )
+    assert (
+        "does not fit" in page
+        and "--config.memory.remat=full" in page
+        and "12.89 GiB too much" in page
+    )
     assert "<svg></svg>" in page and "&lt;b&gt;no&lt;/b&gt;" in page
     assert "<svg" not in explain_page(report)
 
 
 def test_flops_are_those_of_the_matmuls():
-    """Counted by hand for one layer kept whole: forward and twice as much backward, attention over all pairs and once
-    more because its scores are computed again."""
-    from jaxpar import hlo
+    """Counted by hand for one layer kept whole: forward and twice as much backward, attention over
+    all pairs and once more because its scores are computed again."""
     from jaxpar.compile import compile_train_step
+    from jaxpar.report import hlo
 
     config = tiny_config(precision=dict(compute="float32"))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     found = hlo.flops(compile_train_step(config, mesh).as_text())
     m, tokens = config.model, 8 * 64
-    weights = m.layers * (2 * m.dim * 64 + 2 * m.dim * 32 + 3 * m.dim * m.ffn_dim) + m.dim * m.vocab_size
+    weights = (
+        m.layers * (2 * m.dim * 64 + 2 * m.dim * 32 + 3 * m.dim * m.ffn_dim) + m.dim * m.vocab_size
+    )
     attention = m.layers * 2 * m.dim * 64 * (3 + 0.5) * 2
     assert found == pytest.approx(tokens * (6 * weights + attention), rel=0.02)
 
@@ -132,20 +173,32 @@ def test_json_alone_goes_to_standard_output(capfd, monkeypatch):
 
 
 def test_what_does_not_fit_is_blamed_and_remedied(monkeypatch, capsys):
-    """Three remedies, the cheapest first, each with its compiled peak; one that does not fit after all is left out."""
+    """Three remedies, the cheapest first, each with its compiled peak; one that does not fit after
+    all is left out."""
     sizes = iter([90, 30, 80, 40, 50])
     asked = []
 
     def compiled(config, mesh, target, timeout):
         asked.append(config)
         peak = next(sizes) * 2**30
-        parts = dict.fromkeys(memory.PART_NAMES, 0) | {"activations": peak - 2**30, "optimizer": 2**30}
+        parts = dict.fromkeys(memory.PART_NAMES, 0) | {
+            "activations": peak - 2**30,
+            "optimizer": 2**30,
+        }
         rest = dict(by_parameter=[], temporaries=[], collectives=[], flops=1, compile_seconds=1.0)
-        here = dict(memory=dict(peak=peak, parts=parts), capacity=hardware.find("h100").memory_bytes, warnings=[])
+        here = dict(
+            memory=dict(peak=peak, parts=parts),
+            capacity=hardware.find("h100").memory_bytes,
+            warnings=[],
+        )
         return here | rest | dict(mesh=dict(fsdp=8), devices=8, backend="NVIDIA H100 80GB HBM3")
 
     monkeypatch.setattr(explain, "compile_report", compiled)
-    flags = ["--config=configs/llama3_8b.py", "--config.train.batch_size=32", "--config.memory.remat=none"]
+    flags = [
+        "--config=configs/llama3_8b.py",
+        "--config.train.batch_size=32",
+        "--config.memory.remat=none",
+    ]
     assert explain.main([*flags, "--mesh.fsdp=8", "--hardware=h100"]) == 1
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "activations kept for the backward pass 89.00 GiB" in out
@@ -164,7 +217,10 @@ def test_what_does_not_fit_is_blamed_and_remedied(monkeypatch, capsys):
             ["--hardware=h10"],
             r"--hardware=h10 is neither known .* Did you mean h100\? Known: a40, a1",
         ),
-        (["--hardware=h100", "--topology=8x8"], r"--topology=8x8 must be NVLink domains x hosts in each x GPUs in"),
+        (
+            ["--hardware=h100", "--topology=8x8"],
+            r"--topology=8x8 must be NVLink domains x hosts in each x GPUs in",
+        ),
         (
             ["--hardware=h100", "--topology=1x1x8", "--mesh.fsdp=4", "--mesh.data=1"],
             r"8 devices: mesh fsdp=4 = 4",
@@ -185,7 +241,10 @@ def test_bad_requests(flags, message):
 
 def test_a_missing_compiler_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(apart, "compiler_path", lambda: [])
-    with pytest.raises(ConfigError, match=rf"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}",
+    ):
         explain.main([*TINY, "--hardware=h100"])
 
 
@@ -200,7 +259,8 @@ def test_a_compilation_that_hangs_is_stopped():
     ("crash", "message"),
     [
         (
-            "import os; print('LLVM ERROR: no', file=__import__('sys').stderr, flush=True); os.abort()",
+            "import os; print('LLVM ERROR: no', file=__import__('sys').stderr, flush=True); "
+            "os.abort()",
             "signal 6.*LLVM ERR",
         ),
         ("raise RuntimeError('unsupported')", "failed with code 1.*RuntimeError: unsupported"),
@@ -220,9 +280,11 @@ def test_warnings_in_plain_words():
     said = (
         "W1121 20:00:00.1 1 hlo_remat.cc:3005] Can't reduce memory use below 60.68GiB (1 bytes) by "
         "rematerialization; only reduced to 65.96GiB (1 bytes), down from 65.96GiB\n"
-        "E1121 20:00:00.1 1 spmd.cc:613] [SPMD] Involuntary full rematerialization. The compiler was not "
+        "E1121 20:00:00.1 1 spmd.cc:613] [SPMD] Involuntary full rematerialization. The compiler "
+        "was not "
         "able to go from sharding {devices=[8,1]<=[8]} to {devices=[1,8]<=[8]}\n"
-        "W1121 20:00:00.1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU will not be used.\n"
+        "W1121 20:00:00.1 1 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU "
+        "will not be used.\n"
         "W1121 20:00:00.1 1 other.cc:31] Something else.\n"
         "W1121 20:00:00.1 1 other.cc:31] Something else.\n"
     )
@@ -250,11 +312,19 @@ def test_blame_and_parts():
 
 def test_a_pipeline_has_its_timetable_and_its_stash(tmp_path):
     output, page = tmp_path / "explain.json", tmp_path / "explain.html"
-    flags = ["--cpu_devices=2", "--mesh.pipeline=2", "--config.train.microbatches=4", f"--json={output}"]
+    flags = [
+        "--cpu_devices=2",
+        "--mesh.pipeline=2",
+        "--config.train.microbatches=4",
+        f"--json={output}",
+    ]
     assert explain.main(["--config=configs/tiny.py", *flags, f"--html={page}"]) == 0
     parts = json.loads(output.read_text())["memory"]["parts"]
     assert parts["stash"] > 0 and parts["gradients"] > 0
-    assert "Timetable of the pipeline" in page.read_text() and picture("1f1b", 2, 4) in page.read_text()
+    assert (
+        "Timetable of the pipeline" in page.read_text()
+        and picture("1f1b", 2, 4) in page.read_text()
+    )
 
 
 def test_python_is_the_one_that_runs():

@@ -1,8 +1,10 @@
-"""Every kind of parallelism sends what its table says, near its floor, on both compilers. Harness: test_lowering's.
+"""Every kind of parallelism sends what its table says, near its floor, on both compilers. Harness:
+test_lowering's.
 
-A floor is the bytes that a device has to send in a step over rings of n devices, x = (n - 1) / n: 2x for an all-reduced
-byte, x for one that is gathered, scattered or exchanged. P are the bytes of the weights in bf16, G those of their
-float32 gradients, A of a residual, KV of the keys and values of a layer, Q of its queries.
+A floor is the bytes that a device has to send in a step over rings of n devices, x = (n - 1) / n:
+2x for an all-reduced byte, x for one that is gathered, scattered or exchanged. P are the bytes of
+the weights in bf16, G those of their float32 gradients, A of a residual, KV of the keys and values
+of a layer, Q of its queries.
 """
 
 import math
@@ -10,12 +12,23 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
-from test_lowering import BF16, F32, LENGTH, MODEL, SEQUENCES, SMALL, compile_step, make_config, traffic, weights
+from test_lowering import (
+    BF16,
+    F32,
+    LENGTH,
+    MODEL,
+    SEQUENCES,
+    SMALL,
+    compile_step,
+    make_config,
+    traffic,
+    weights,
+)
 from test_lowering_context import block_bytes
 from test_lowering_context import make_config as context_config
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.hlo import Collective, collectives
+from jaxpar.report.hlo import Collective, collectives
 
 L = MODEL["layers"]
 LAYERS, ENDS = weights(make_config(MeshConfig()))
@@ -36,7 +49,8 @@ def x(n: int) -> float:
 
 @dataclass(frozen=True)
 class Mode:
-    """`table`: (kind, axis) -> dtype, elements a step on one device (whole over the axis), how often each runs."""
+    """`table`: (kind, axis) -> dtype, elements a step on one device (whole over the axis), how
+    often each runs."""
 
     sizes: MeshConfig
     settings: dict
@@ -52,12 +66,19 @@ class Mode:
 
 
 def tensor(settings: dict, gathers: int, scatters: int, floor: float) -> Mode:
-    """Gathers and scatters of a layer, or with no gathers its all-reduces. Embedding and head are parallel over the
+    """Gathers and scatters of a layer, or with no gathers its all-reduces. Embedding and head are
+    parallel over the
     vocabulary: one of each kind for either, which send 4xA, as do two all-reduces."""
-    table = {("all-gather", "tensor"): ("bf16", (gathers * L + 2) * RESIDUAL, {1, L})} if gathers else {}
+    table = (
+        {("all-gather", "tensor"): ("bf16", (gathers * L + 2) * RESIDUAL, {1, L})}
+        if gathers
+        else {}
+    )
     kind = "reduce-scatter" if gathers else "all-reduce"
     table[kind, "tensor"] = ("bf16", (scatters * L + 2) * RESIDUAL, {1, L})
-    return Mode(MeshConfig(tensor=8), settings, table, x(8) * (floor * L * A + 4 * A + 2 * STATISTICS))
+    return Mode(
+        MeshConfig(tensor=8), settings, table, x(8) * (floor * L * A + 4 * A + 2 * STATISTICS)
+    )
 
 
 # The gradient of a sequence-parallel run: every device has every weight.
@@ -73,10 +94,14 @@ MODES = {
     "ZeRO-1": Mode(
         MeshConfig(data=8),
         dict(optimizer_sharding="data"),
-        {("all-gather", "data"): ("bf16", WEIGHTS, {1}), ("reduce-scatter", "data"): ("f32", WEIGHTS, {1})},
+        {
+            ("all-gather", "data"): ("bf16", WEIGHTS, {1}),
+            ("reduce-scatter", "data"): ("f32", WEIGHTS, {1}),
+        },
         x(8) * (G + P),
     ),
-    # forward and backward gather each layer; embedding and head, which stand at the turn, are gathered once
+    # forward and backward gather each layer; embedding and head, which stand at the turn, are
+    # gathered once
     "FSDP per layer": Mode(
         MeshConfig(fsdp=8),
         {},
@@ -89,7 +114,10 @@ MODES = {
     "FSDP per step": Mode(
         MeshConfig(fsdp=8),
         dict(gather="per_step"),
-        {("all-gather", "fsdp"): ("bf16", WEIGHTS, {1}), ("reduce-scatter", "fsdp"): ("f32", WEIGHTS, {1})},
+        {
+            ("all-gather", "fsdp"): ("bf16", WEIGHTS, {1}),
+            ("reduce-scatter", "fsdp"): ("f32", WEIGHTS, {1}),
+        },
         x(8) * (P + G),
     ),
     # what fsdp has scattered, data all-reduces
@@ -114,13 +142,14 @@ MODES = {
         },
         x(4) * (2 * BF16 * LAYERS + BF16 * ENDS + G) + x(2) * (P + G) / 4,
     ),
-    # two gathers and two scatters a layer and direction, or two all-reduces; with full remat besides the forward ones
-    # again, but for the last, whose result the backward pass does not need
+    # two gathers and two scatters a layer and direction, or two all-reduces; with full remat
+    # besides the forward ones again, but for the last, whose result the backward pass does not need
     "tensor with sequence parallelism": tensor({}, 4, 4, 8),
     "tensor": tensor(dict(sequence_parallel=False), 0, 4, 8),
     "tensor with sequence parallelism, full remat": tensor(dict(remat="full"), 6, 5, 12),
     "tensor, full remat": tensor(dict(sequence_parallel=False, remat="full"), 0, 5, 12),
-    # keys and values forward, again backward, and back their gradients; nothing else travels in a layer
+    # keys and values forward, again backward, and back their gradients; nothing else travels in a
+    # layer
     "all_gather": Mode(
         EIGHT,
         {},
@@ -137,7 +166,11 @@ MODES = {
         EIGHT,
         {},
         {
-            ("collective-permute", "sequence"): ("bf16", L * (7 + 7 + 8) * KV // BF16, {L, 6 * L, 7 * L}),
+            ("collective-permute", "sequence"): (
+                "bf16",
+                L * (7 + 7 + 8) * KV // BF16,
+                {L, 6 * L, 7 * L},
+            ),
             **SEQUENCE_GRADIENT,
         },
         L * 3 * 7 * KV + 2 * x(8) * G,
@@ -146,7 +179,10 @@ MODES = {
     "ulysses": Mode(
         EIGHT,
         {},
-        {("all-to-all", "sequence"): ("bf16", 2 * L * (2 * Q + KV) // BF16, {L}), **SEQUENCE_GRADIENT},
+        {
+            ("all-to-all", "sequence"): ("bf16", 2 * L * (2 * Q + KV) // BF16, {L}),
+            **SEQUENCE_GRADIENT,
+        },
         x(8) * 2 * L * (2 * Q + KV) + 2 * x(8) * G,
         "ulysses",
     ),
@@ -154,7 +190,9 @@ MODES = {
 
 
 SLOW = ("hybrid ZeRO-1", "tensor with sequence parallelism, full remat", "tensor, full remat")
-EACH = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODES])
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in MODES]
+)
 
 
 def sent(c: Collective, sizes: MeshConfig) -> float:
@@ -176,7 +214,9 @@ def test_gpu_step_sends_what_its_table_says_and_little_above_the_floor(name):
     assert dtypes == {key: {dtype} for key, (dtype, _, _) in mode.table.items()}
     assert counts == {key: times for key, (_, _, times) in mode.table.items()}
     for key, (_, expected, _) in mode.table.items():
-        assert 0 <= elements[key] - expected < SMALL // F32, key  # an all-reduce takes norm scales and loss sums along
+        assert 0 <= elements[key] - expected < SMALL // F32, (
+            key
+        )  # an all-reduce takes norm scales and loss sums along
     compiled, mesh = compile_step(mode.config, mode.sizes, "gpu")
     everything = sum(sent(c, mode.sizes) for c in collectives(compiled.as_text(), mesh))
     print(f"{everything / mode.floor:.3f} of the floor")
@@ -185,8 +225,8 @@ def test_gpu_step_sends_what_its_table_says_and_little_above_the_floor(name):
 
 @EACH
 def test_cpu_step_sends_the_same(name):
-    """The CPU compiler widens bf16 to float32 and may all-reduce where the GPU's scatters: elements, axes and counts
-    are the same."""
+    """The CPU compiler widens bf16 to float32 and may all-reduce where the GPU's scatters:
+    elements, axes and counts are the same."""
     mode = MODES[name]
     merged = {"reduce-scatter": "reduce", "all-reduce": "reduce"}
     found, expected = (defaultdict(lambda: [0, set()]) for _ in range(2))

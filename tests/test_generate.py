@@ -1,4 +1,5 @@
-"""Generation through the command: the cache changes nothing, `eot` ends a text, and draws follow the distribution."""
+"""Generation through the command: the cache changes nothing, `eot` ends a text, and draws follow
+the distribution."""
 
 import dataclasses
 from pathlib import Path
@@ -12,11 +13,11 @@ from jaxpar import cli, generate
 from jaxpar.attention import TokenInfo
 from jaxpar.checkpoint import Checkpointer
 from jaxpar.config import Config, ConfigError, MeshConfig, configure
+from jaxpar.data.tokenizer import load_tokenizer
 from jaxpar.generate import Sampling, sample
 from jaxpar.model import Cache
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state
-from jaxpar.tokenizer import load_tokenizer
 from jaxpar.validation import resolve
 
 BYTES = load_tokenizer("bytes")
@@ -26,7 +27,10 @@ FLAGS = (f"--prompt={PROMPT}", f"--max_tokens={TOKENS}")
 
 MESHES = {
     "one device": (MeshConfig(), ("--cpu_devices=8",)),
-    "tensor=2 x fsdp=2": (MeshConfig(fsdp=2, tensor=2), ("--mesh.fsdp=2", "--mesh.tensor=2", "--mesh.expert=2")),
+    "tensor=2 x fsdp=2": (
+        MeshConfig(fsdp=2, tensor=2),
+        ("--mesh.fsdp=2", "--mesh.tensor=2", "--mesh.expert=2"),
+    ),
 }
 
 
@@ -34,7 +38,9 @@ def config_of(**train) -> Config:
     """A model whose next tokens differ clearly: the weights are large."""
     model = dict(vocab_size=320, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, init_std=0.3)
     data = dict(tokenizer="bytes", sequence_length=32)
-    return resolve(configure(model=model, data=data, train=train, precision=dict(compute="float32")))
+    return resolve(
+        configure(model=model, data=data, train=train, precision=dict(compute="float32"))
+    )
 
 
 def on(mesh: MeshConfig):
@@ -57,7 +63,9 @@ def save(workdir: Path, config: Config) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     # With 8 devices along `data`, no training step could use this batch.
-    return save(tmp_path_factory.mktemp("generate") / "run", config_of(batch_size=6, microbatches=3))
+    return save(
+        tmp_path_factory.mktemp("generate") / "run", config_of(batch_size=6, microbatches=3)
+    )
 
 
 def load(run: Path):
@@ -67,7 +75,8 @@ def load(run: Path):
 
 @pytest.fixture(scope="module")
 def logits_of(run):
-    """`logits_of(tokens)`: logits [S, V] after every token, by one forward pass without a cache on one device."""
+    """`logits_of(tokens)`: logits [S, V] after every token, by one forward pass without a cache on
+    one device."""
     size = 1 + len(PROMPT) + TOKENS
 
     @jax.jit
@@ -117,7 +126,9 @@ def test_greedy_equals_the_full_forward_pass(run, greedy, capsys, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_cache_gives_the_same_logits(run, logits_of, mesh):
     """A prompt at once, then token by token, in two rows of which the second is another text."""
-    rows = [BYTES.encode(PROMPT + text).astype(np.int32) for text in (" is it, then", " will be, if")]
+    rows = [
+        BYTES.encode(PROMPT + text).astype(np.int32) for text in (" is it, then", " will be, if")
+    ]
     expected = np.stack([logits_of(row.tolist()) for row in rows])
     step = jax.jit(generate.next_logits)
     with on(MESHES[mesh][0]):
@@ -127,7 +138,9 @@ def test_the_cache_gives_the_same_logits(run, logits_of, mesh):
         cache = Cache.empty(model, 2, tokens.shape[1] + 3)
         for start, stop in [(0, 10), *((at, at + 1) for at in range(10, tokens.shape[1]))]:
             logits, cache = step(model, jax.device_put(tokens[:, start:stop], spec), cache)
-            np.testing.assert_allclose(np.asarray(logits), expected[:, stop - 1], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                np.asarray(logits), expected[:, stop - 1], rtol=1e-4, atol=1e-4
+            )
         assert int(cache.length) == tokens.shape[1]
 
 
@@ -189,7 +202,9 @@ PROBABILITIES = np.array([0.05, 0.5, 0.15, 0.3])
 
 def frequencies(draws: int = 20_000, **options) -> np.ndarray:
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)), (draws, 4))
-    tokens = sample(logits, jax.random.key(0), Sampling(**{"temperature": 1.0, "top_k": 0, **options}))
+    tokens = sample(
+        logits, jax.random.key(0), Sampling(**{"temperature": 1.0, "top_k": 0, **options})
+    )
     assert (tokens.shape, tokens.dtype) == ((draws,), jnp.int32)
     return np.bincount(np.asarray(tokens), minlength=4) / draws
 
@@ -227,7 +242,9 @@ def test_draws_follow_the_distribution(options, expected):
 def test_draws_are_of_each_row():
     logits = jnp.log(jnp.asarray([[0.98, 0.01, 0.01], [0.01, 0.01, 0.98]], jnp.float32))
     for options in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}):
-        tokens = sample(logits, jax.random.key(0), Sampling(**{"temperature": 1.0, "top_k": 0, **options}))
+        tokens = sample(
+            logits, jax.random.key(0), Sampling(**{"temperature": 1.0, "top_k": 0, **options})
+        )
         assert tokens.tolist() == [0, 2]
 
 

@@ -1,4 +1,5 @@
-"""The vocabulary-parallel, chunked cross-entropy and its gradients against float64, on one device and on meshes."""
+"""The vocabulary-parallel, chunked cross-entropy and its gradients against float64, on one device
+and on meshes."""
 
 from typing import Any
 
@@ -18,13 +19,18 @@ from jaxpar.sharding import Rules
 Z_LOSS = 1e-2
 
 
-def loss_in_float64(x_BSD: np.ndarray, w_DV: np.ndarray, targets_BS: np.ndarray) -> tuple[LossSums, Leaves]:
+def loss_in_float64(
+    x_BSD: np.ndarray, w_DV: np.ndarray, targets_BS: np.ndarray
+) -> tuple[LossSums, Leaves]:
     """Sums over the valid tokens, and the gradients of the objective."""
     x, w = (torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in (x_BSD, w_DV))
     targets = torch.from_numpy(targets_BS).long()
     logits, valid = (x @ w)[targets >= 0], targets[targets >= 0]
     log_partition = logits.logsumexp(-1)
-    ce, z = (log_partition - logits[torch.arange(len(valid)), valid]).sum(), log_partition.square().sum()
+    ce, z = (
+        (log_partition - logits[torch.arange(len(valid)), valid]).sum(),
+        log_partition.square().sum(),
+    )
     total = ce + Z_LOSS * z
     total.backward()
     return LossSums(total.item(), ce.item(), z.item()), {"x": x.grad.numpy(), "w": w.grad.numpy()}
@@ -40,12 +46,17 @@ def loss_in_float64(x_BSD: np.ndarray, w_DV: np.ndarray, targets_BS: np.ndarray)
         (dict(fsdp=2, sequence=2, tensor=2), 66, 3, True, 1),
     ],
 )
-def test_cross_entropy_equals_torch(axes: Any, vocab: int, chunk: int, parallel: bool, scale: int) -> None:
-    """Sums and gradients with a z-loss, ignored targets, and chunks that do not divide the tokens."""
+def test_cross_entropy_equals_torch(
+    axes: Any, vocab: int, chunk: int, parallel: bool, scale: int
+) -> None:
+    """Sums and gradients with a z-loss, ignored targets, and chunks that do not divide the
+    tokens."""
     random = np.random.default_rng(0)
     x_BSD = scale * random.normal(size=(2, 16, 8)).astype(np.float32)
     w_DV = random.normal(size=(8, vocab)).astype(np.float32)
-    targets_BS = np.where(random.random((2, 16)) < 0.3, -1, random.integers(vocab, size=(2, 16))).astype(np.int32)
+    targets_BS = np.where(
+        random.random((2, 16)) < 0.3, -1, random.integers(vocab, size=(2, 16))
+    ).astype(np.int32)
     targets_BS[0, :3] = 0, vocab - 1, -1
     rules, mesh = Rules.make(ParallelConfig(sequence_parallel=parallel)), mesh_of(**axes)
 
@@ -53,15 +64,22 @@ def test_cross_entropy_equals_torch(axes: Any, vocab: int, chunk: int, parallel:
         sums = cross_entropy(x, w, targets, rules, chunk, Z_LOSS, jnp.dtype("float32"))
         return sums.objective / 3, sums  # a third, to see that the backward pass scales
 
-    def gradients_of(x: jax.Array, w: jax.Array, targets: jax.Array) -> tuple[LossSums, jax.Array, jax.Array]:
+    def gradients_of(
+        x: jax.Array, w: jax.Array, targets: jax.Array
+    ) -> tuple[LossSums, jax.Array, jax.Array]:
         entered = reduce.enter_step(w, rules.token_axes, jnp.float32, gather_fsdp=False)
-        (_, sums), (dx, dw) = jax.value_and_grad(third, argnums=(0, 1), has_aux=True)(x, entered, targets)
+        (_, sums), (dx, dw) = jax.value_and_grad(third, argnums=(0, 1), has_aux=True)(
+            x, entered, targets
+        )
         return sums, dx, reduce.leave_step(dw, w)
 
     arrays = (x_BSD, w_DV, targets_BS)
     dims = ("batch", "residual_seq", "embed"), ("embed_fsdp", "vocab"), ("batch", "seq")
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(a, NamedSharding(mesh, rules.spec(*d))) for a, d in zip(arrays, dims, strict=True)]
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, rules.spec(*d)))
+            for a, d in zip(arrays, dims, strict=True)
+        ]
         sums, dx, dw = jax.jit(gradients_of)(*placed)
         _, alone = jax.jit(third)(*placed)
     expected, gradients = loss_in_float64(*arrays)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import counts, memory
 from jaxpar.compile import absent_gpus, compile_train_step
 from jaxpar.config import MeshConfig
-from jaxpar.hardware import find
-from jaxpar.hlo import shapes
+from jaxpar.estimate import counts, memory
+from jaxpar.estimate.hardware import find
+from jaxpar.report.hlo import shapes
 from jaxpar.sharding import make_mesh
 from jaxpar.validation import resolve
 
@@ -19,7 +19,9 @@ SIZES = MeshConfig(fsdp=8)
 
 @pytest.fixture(scope="module")
 def compiled():
-    raw = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "llama3_8b.py"))["get_config"]()
+    raw = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "llama3_8b.py"))[
+        "get_config"
+    ]()
     raw.update(dict(train=dict(batch_size=8)))
     config = resolve(raw)
     assert (config.data.sequence_length, config.memory.remat) == (8192, "full")
@@ -32,7 +34,9 @@ def test_matmuls_take_bfloat16(compiled):
     _, _, text = compiled
     dtypes = {}
     products = []
-    for name, dtype, operation, operands in re.findall(r"%([\w.\-]+) = (\w+)\[[^ ]* ([a-z\-]+)\(([^)]*)\)", text):
+    for name, dtype, operation, operands in re.findall(
+        r"%([\w.\-]+) = (\w+)\[[^ ]* ([a-z\-]+)\(([^)]*)\)", text
+    ):
         dtypes[name] = dtype
         if operation == "dot":
             products.append([dtypes[operand] for operand in re.findall(r"%([\w.\-]+)", operands)])
@@ -53,7 +57,8 @@ def test_there_are_no_logits_of_the_batch_and_no_scores(compiled):
 
 @pytest.mark.slow
 def test_peak_is_near_what_must_be_held(compiled):
-    """State, float32 gradients, one residual a layer, and of the head the weight and its float32 gradient."""
+    """State, float32 gradients, one residual a layer, and of the head the weight and its float32
+    gradient."""
     config, step, _ = compiled
     stats, state = step.memory_analysis(), memory.state_bytes(config, SIZES)
     residuals = config.model.layers * memory.activation_bytes(config, SIZES)["residual"]

@@ -1,7 +1,8 @@
-"""Attention of the compiled step for absent GPUs: cuDNN's calls forward and backward, once a layer, and no scores.
+"""Attention of the compiled step for absent GPUs: cuDNN's calls forward and backward, once a layer,
+and no scores.
 
-The harness is `test_lowering`'s. On these devices nothing can be run; what the calls are given is held by
-test_cudnn.py, and what they compute by test_attention_gpu.py.
+The harness is `test_lowering`'s. On these devices nothing can be run; what the calls are given is
+held by test_cudnn.py, and what they compute by test_attention_gpu.py.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ import pytest
 from test_lowering import BF16, MODEL, compile_step, traffic
 from test_lowering_context import make_config as context_config
 
-from jaxpar import hardware
 from jaxpar.compile import absent_gpus, check_attention, compile_train_step
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.hlo import instructions, shapes
+from jaxpar.estimate import hardware
+from jaxpar.report.hlo import instructions, shapes
 from jaxpar.sharding import make_mesh
 
 LENGTH = 1536
@@ -24,7 +25,13 @@ LENGTH = 1536
 
 
 def make_config(
-    sizes: MeshConfig, kind="all_gather", *, packing=True, implementation="auto", length=LENGTH, **settings
+    sizes: MeshConfig,
+    kind="all_gather",
+    *,
+    packing=True,
+    implementation="auto",
+    length=LENGTH,
+    **settings,
 ) -> Config:
     config = context_config(sizes, kind, length=length, **settings)
     return dataclasses.replace(
@@ -44,7 +51,8 @@ def fused_calls(text: str) -> tuple[float, float]:
 
 
 def check_no_scores(text: str, sizes: MeshConfig, queries: int) -> None:
-    """Nothing has room for the scores of all queries and keys of a device, in however many heads."""
+    """Nothing has room for the scores of all queries and keys of a device, in however many
+    heads."""
     for dtype, shape in shapes(text):
         tokens = sorted((n for n in shape if n % (LENGTH // 8) == 0), reverse=True)
         assert len(tokens) < 2 or tokens[0] * tokens[1] < LENGTH * queries, (dtype, shape)
@@ -82,10 +90,13 @@ def test_collectives_are_those_of_xla(kind):
     assert by_implementation[0]
 
 
-@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "forward"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)]
+)
 @pytest.mark.parametrize("kind", ["all_gather", "ulysses"])
 def test_attention_is_computed_again_only_by_full_remat(kind, remat, forward):
-    """With its result the log-sum-exp is kept; only without them the forward call stands in the backward pass too."""
+    """With its result the log-sum-exp is kept; only without them the forward call stands in the
+    backward pass too."""
     sizes = MeshConfig(data=2, sequence=4)
     text = compile_step(make_config(sizes, kind, remat=remat), sizes, "gpu")[0].as_text()
     parts = 2 if kind == "all_gather" else 1
@@ -100,7 +111,9 @@ def test_long_rows_without_cudnn_hold_the_scores_of_tiles(kind):
     text = compile_step(config, sizes, "gpu")[0].as_text()
     assert fused_calls(text) == (0, 0)
     for dtype, shape in shapes(text):
-        scores = sorted(n for n in shape if n >= 512 and n not in (MODEL["dim"], MODEL["vocab_size"]))
+        scores = sorted(
+            n for n in shape if n >= 512 and n not in (MODEL["dim"], MODEL["vocab_size"])
+        )
         assert len(scores) < 2 or scores[-2] * scores[-1] < length // 2 * length, (dtype, shape)
 
 
@@ -109,11 +122,14 @@ def a40s():
 
 
 def test_the_devices_decide_and_not_the_machine():
-    """Ampere's cuDNN cannot keep documents apart: XLA does; asked for cuDNN, the request is refused."""
+    """Ampere's cuDNN cannot keep documents apart: XLA does; asked for cuDNN, the request is
+    refused."""
     sizes = MeshConfig(data=2)
     mesh = make_mesh(sizes, a40s())
     calls = {
-        packing: fused_calls(compile_train_step(make_config(sizes, packing=packing), mesh).as_text())
+        packing: fused_calls(
+            compile_train_step(make_config(sizes, packing=packing), mesh).as_text()
+        )
         for packing in (True, False)
     }
     assert calls == {True: (0, 0), False: (1, 1)}
@@ -128,7 +144,11 @@ def test_the_log_sum_exp_is_what_attention_keeps_besides():
     sizes = MeshConfig(fsdp=8)
     text = compile_step(make_config(sizes, remat="attention"), sizes, "gpu")[0].as_text()
     L, H, K = MODEL["layers"], MODEL["heads"], MODEL["head_dim"]
-    stacked = {(dtype, math.prod(shape) // (L * LENGTH * 2)) for dtype, shape in shapes(text) if shape[:1] == (L,)}
+    stacked = {
+        (dtype, math.prod(shape) // (L * LENGTH * 2))
+        for dtype, shape in shapes(text)
+        if shape[:1] == (L,)
+    }
     assert ("f32", H) in stacked
     assert ("bf16", H * K) in stacked
     assert BF16 * H * K > 4 * H

@@ -1,4 +1,5 @@
-"""What each kind of context parallelism sends and holds, compiled for absent H100s. The harness is `test_lowering`'s.
+"""What each kind of context parallelism sends and holds, compiled for absent H100s. The harness is
+`test_lowering`'s.
 
 `KV` is the bytes of one device's keys and values of a layer, `Q` of its queries.
 """
@@ -9,12 +10,21 @@ import re
 from collections import Counter
 
 import pytest
-from test_lowering import BF16, LENGTH, MODEL, SEQUENCES, check_one_reduction, compile_step, traffic, weights
+from test_lowering import (
+    BF16,
+    LENGTH,
+    MODEL,
+    SEQUENCES,
+    check_one_reduction,
+    compile_step,
+    traffic,
+    weights,
+)
 from test_lowering import make_config as plain_config
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.hlo import shapes
-from jaxpar.parallel.tiles import tile_size
+from jaxpar.kernels.tiles import tile_size
+from jaxpar.report.hlo import shapes
 from jaxpar.validation import validate_mesh
 
 EIGHT = MeshConfig(sequence=8)
@@ -38,10 +48,13 @@ def block_bytes(sizes: MeshConfig) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "remat"), [(EIGHT, "none"), (EIGHT, "full"), (MeshConfig(sequence=4, tensor=2), "none")], ids=str
+    ("sizes", "remat"),
+    [(EIGHT, "none"), (EIGHT, "full"), (MeshConfig(sequence=4, tensor=2), "none")],
+    ids=str,
 )
 def test_ring_sends_each_block_round_once(sizes, remat):
-    """Keys and values take c - 1 hops, with remat=full once more; their gradients c, to be at home."""
+    """Keys and values take c - 1 hops, with remat=full once more; their gradients c, to be at
+    home."""
     config = make_config(sizes, "ring", remat=remat)
     found = [c for c in traffic(config, sizes) if c.axes == ("sequence",)]
     KV, _ = block_bytes(sizes)
@@ -57,7 +70,8 @@ def test_ring_sends_each_block_round_once(sizes, remat):
 
 
 def test_ring_sends_while_it_computes():
-    """In both loops over the ring, the sweep over tiles stands between start and end of the transfer."""
+    """In both loops over the ring, the sweep over tiles stands between start and end of the
+    transfer."""
     compiled, _ = compile_step(make_config(EIGHT, "ring"), EIGHT, "gpu")
     loops = [body for body in compiled.as_text().split("\n\n") if re.search(r"^%?\S*region", body)]
     rings = [body for body in loops if len(re.findall(r"collective-permute-start\(", body)) == 1]
@@ -69,7 +83,8 @@ def test_ring_sends_while_it_computes():
 
 @pytest.mark.parametrize(("kind", "zigzag"), [("ring", False), ("ring", True)])
 def test_ring_holds_the_scores_of_one_pair_of_tiles(kind, zigzag):
-    """Neither all keys, nor masks or scores of more than one pair, which the scan over layers would like to hoist."""
+    """Neither all keys, nor masks or scores of more than one pair, which the scan over layers would
+    like to hoist."""
     compiled, _ = compile_step(make_config(EIGHT, kind, zigzag=zigzag), EIGHT, "gpu")
     tile = tile_size(LENGTH // 8)
     assert tile < LENGTH // 8
@@ -83,7 +98,8 @@ def test_ring_holds_the_scores_of_one_pair_of_tiles(kind, zigzag):
 
 @pytest.mark.parametrize(("sizes", "remat"), [(EIGHT, "none"), (EIGHT, "full")], ids=str)
 def test_ulysses_exchanges_tokens_for_heads(sizes, remat):
-    """Four all-to-alls a layer and direction, q, k, v and the output; with remat=full the forward ones once more."""
+    """Four all-to-alls a layer and direction, q, k, v and the output; with remat=full the forward
+    ones once more."""
     config = make_config(sizes, "ulysses", remat=remat)
     found = [c for c in traffic(config, sizes) if c.axes == ("sequence",)]
     KV, Q = block_bytes(sizes)
@@ -100,7 +116,9 @@ def test_ulysses_exchanges_tokens_for_heads(sizes, remat):
 
 
 LONG = 65_536
-LONG_MODEL = dict(vocab_size=512, dim=512, layers=1, heads=2, kv_heads=1, head_dim=128, ffn_dim=1024)
+LONG_MODEL = dict(
+    vocab_size=512, dim=512, layers=1, heads=2, kv_heads=1, head_dim=128, ffn_dim=1024
+)
 
 
 def long_memory(kind: str, n: int, implementation="auto") -> int:
@@ -119,7 +137,8 @@ def long_memory(kind: str, n: int, implementation="auto") -> int:
 
 @pytest.mark.slow
 def test_ring_memory_falls_with_the_number_of_devices():
-    """What a device holds besides its state is inverse to the devices; constant are tiles of scores."""
+    """What a device holds besides its state is inverse to the devices; constant are tiles of
+    scores."""
     held = {n: long_memory("ring", n) for n in (2, 4, 8)}
     assert held[4] * 4 < 1.2 * held[2] * 2
     assert held[8] * 8 < 1.2 * held[2] * 2
@@ -127,7 +146,8 @@ def test_ring_memory_falls_with_the_number_of_devices():
 
 @pytest.mark.slow
 def test_all_gather_holds_keys_and_values_more_than_the_ring():
-    """XLA's tiles write the gradients of all keys and values in their place. cuDNN cannot: once more that size."""
+    """XLA's tiles write the gradients of all keys and values in their place. cuDNN cannot: once
+    more that size."""
     KV = BF16 * 2 * LONG * LONG_MODEL["kv_heads"] * LONG_MODEL["head_dim"]
     ring = long_memory("ring", 8)
     assert 0 < long_memory("all_gather", 8, "xla") - ring < 1.05 * KV

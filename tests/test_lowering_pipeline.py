@@ -1,6 +1,8 @@
-"""What the compiled step of a pipeline sends and holds, on 64 H100s that are not there (8 hosts of 8).
+"""What the compiled step of a pipeline sends and holds, on 64 H100s that are not there (8 hosts of
+8).
 
-As in `test_lowering`: bytes of one device and one step. `A` is the residual of one microbatch on one device.
+As in `test_lowering`: bytes of one device and one step. `A` is the residual of one microbatch on
+one device.
 """
 
 import functools
@@ -9,12 +11,12 @@ import math
 import pytest
 from test_lowering import BF16, F32, LENGTH, MODEL, SEQUENCES, SMALL, make_config, weights
 
-from jaxpar import hardware, memory
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import Config, MeshConfig
-from jaxpar.hlo import Collective, collectives, shapes
+from jaxpar.estimate import hardware, memory
+from jaxpar.parallel.timetable import Timetable, timetable
+from jaxpar.report.hlo import Collective, collectives, shapes
 from jaxpar.sharding import make_mesh
-from jaxpar.timetable import Timetable, timetable
 from jaxpar.tree import named_leaves
 
 STAGES = MeshConfig(pipeline=8, fsdp=8)
@@ -30,7 +32,12 @@ def h100s():
 
 def pipeline_config(sizes: MeshConfig, *, microbatches=16, gather="per_step", **groups) -> Config:
     return make_config(
-        sizes, microbatches=microbatches, remat="full", gather=gather, model=dict(layers=LAYERS), **groups
+        sizes,
+        microbatches=microbatches,
+        remat="full",
+        gather=gather,
+        model=dict(layers=LAYERS),
+        **groups,
     )
 
 
@@ -55,11 +62,14 @@ def residual(sizes: MeshConfig) -> int:
 
 
 def ticks_that_run(table: Timetable) -> tuple[int, int, int]:
-    """Ticks that look up the embedding, compute the head, and put gradients into the embedding: of a phase all, where
-    at least half need it."""
+    """Ticks that look up the embedding, compute the head, and put gradients into the embedding: of
+    a phase all, where at least half need it."""
     counts = [0, 0, 0]
     for phase in table.phases:
-        flags = zip(*((t.entering() >= 0, t.due(table.chunks) >= 0, t.leaving() >= 0) for t in phase), strict=True)
+        flags = zip(
+            *((t.entering() >= 0, t.due(table.chunks) >= 0, t.leaving() >= 0) for t in phase),
+            strict=True,
+        )
         for n, needed in enumerate(map(sum, flags)):
             assert needed == 0 or 2 * needed >= len(phase), "conditional: not counted by this test"
             counts[n] += len(phase) if needed else 0
@@ -80,13 +90,15 @@ def test_a_tick_sends_one_residual_each_way(sizes, chunks):
     table, A = table_of(config, sizes), residual(sizes)
     found = [c for c in all_traffic(config, sizes) if "pipeline" in c.axes and c.bytes > SMALL]
     permutes = [c for c in found if c.kind == "collective-permute"]
-    assert {(c.axes, c.dtype, c.bytes, c.depth) for c in permutes} == {(("pipeline",), "bf16", A, 1)}
+    assert {(c.axes, c.dtype, c.bytes, c.depth) for c in permutes} == {
+        (("pipeline",), "bf16", A, 1)
+    }
     # one in a tick of forward passes alone, two in one of both, one in one of backward passes alone
     assert sorted(c.count for c in permutes) == sorted(
         len(phase) for phase in table.phases for works in phase[0].kind if works
     )
-    # The vocabulary's: y of the last stage to all and its gradient back, rows of the embedding and their gradient; the
-    # softmax statistics of a chunk of tokens are below SMALL.
+    # The vocabulary's: y of the last stage to all and its gradient back, rows of the embedding and
+    # their gradient; the softmax statistics of a chunk of tokens are below SMALL.
     others = [c for c in found if c.kind != "collective-permute"]
     assert {(c.kind, c.axes, c.dtype) for c in others} == {("all-reduce", ("pipeline",), "bf16")}
     if chunks == 1:
@@ -98,7 +110,9 @@ def test_a_tick_sends_one_residual_each_way(sizes, chunks):
 def test_weights_are_gathered_and_gradients_reduced_once_a_step(sizes):
     config = pipeline_config(sizes)
     elements = sum(weights(config)) // (sizes.pipeline * sizes.tensor)
-    found = [c for c in all_traffic(config, sizes) if {"data", "fsdp"} & set(c.axes) and c.bytes > SMALL]
+    found = [
+        c for c in all_traffic(config, sizes) if {"data", "fsdp"} & set(c.axes) and c.bytes > SMALL
+    ]
     assert {c.count for c in found} == {1} and {c.depth for c in found} == {0}
     gathered = [c for c in found if c.kind == "all-gather"]
     assert {(c.axes, c.dtype) for c in gathered} == {(("fsdp",), "bf16")}
@@ -109,17 +123,24 @@ def test_weights_are_gathered_and_gradients_reduced_once_a_step(sizes):
     reduced = sum(c.bytes for c in found if c.kind == "all-reduce")
     expected = F32 * elements // sizes.fsdp if sizes.data > 1 else 0
     assert 0 <= reduced - expected < SMALL
-    assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce"}, "no all-to-all"
+    assert {c.kind for c in found} <= {"all-gather", "reduce-scatter", "all-reduce"}, (
+        "no all-to-all"
+    )
 
 
 @pytest.mark.slow
 def test_gathering_per_layer():
-    """Each layer is gathered when it is computed: once a forward and twice a backward tick, and never whole."""
+    """Each layer is gathered when it is computed: once a forward and twice a backward tick, and
+    never whole."""
     config = pipeline_config(STAGES, gather="per_layer")
     table = table_of(config, STAGES)
     layers, _ = weights(config)
     compiled, _ = compile_step(config, STAGES)
-    found = [c for c in all_traffic(config, STAGES) if c.axes == ("fsdp",) and c.bytes > SMALL and c.depth > 1]
+    found = [
+        c
+        for c in all_traffic(config, STAGES)
+        if c.axes == ("fsdp",) and c.bytes > SMALL and c.depth > 1
+    ]
     n = sum(tick.kind[0] for tick in table.ticks)
     gathered = sum(c.bytes * c.count for c in found if c.kind == "all-gather")
     assert gathered == 3 * n * BF16 * layers // STAGES.pipeline
@@ -144,7 +165,11 @@ def test_the_stash_is_no_larger_than_the_timetable_says():
     slots = table_of(config, STAGES).slots
     assert slots == 2 * STAGES.pipeline - 1
     compiled, _ = compile_step(config, STAGES)
-    stacks = {shape[0] for dtype, shape in shapes(compiled.as_text()) if shape[1:] == (SEQUENCES, LENGTH, MODEL["dim"])}
+    stacks = {
+        shape[0]
+        for dtype, shape in shapes(compiled.as_text())
+        if shape[1:] == (SEQUENCES, LENGTH, MODEL["dim"])
+    }
     assert slots in stacks and max(stacks) == slots
 
 
@@ -158,7 +183,9 @@ def test_the_vocabulary_is_shared_by_stages(sizes, tied):
     state = named_leaves(abstract_state(config, make_mesh(sizes, h100s())))
     for name, leaf in state.items():
         if name.endswith(("embedding", "head")):
-            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) == V * D // (parts * sizes.fsdp), name
+            assert math.prod(leaf.sharding.shard_shape(leaf.shape)) == V * D // (
+                parts * sizes.fsdp
+            ), name
     compiled, _ = compile_step(config, sizes)
     widest = max(
         n
@@ -176,7 +203,10 @@ def test_state_is_what_the_planner_says_and_donated(sizes):
     compiled, mesh = compile_step(config, sizes)
     leaves = abstract_state(config, mesh)
     held = {
-        part: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in named_leaves(tree).values())
+        part: sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in named_leaves(tree).values()
+        )
         for part, tree in (("parameters", leaves.model), ("optimizer", leaves.optimizer))
     }
     planned = memory.state_bytes(config, sizes)

@@ -1,4 +1,5 @@
-"""AdamW's update in the step compiled for absent GPUs: one kernel a weight, in place, at the bytes it must move."""
+"""AdamW's update in the step compiled for absent GPUs: one kernel a weight, in place, at the bytes
+it must move."""
 
 import math
 import re
@@ -12,8 +13,8 @@ F32 = 4
 
 
 def entry(text: str) -> dict[str, tuple[str, str, list[str]]]:
-    """Result type, opcode and operands of the instructions of the entry computation, by name; arguments of the step by
-    theirs, such as `state.model.embedding.value`."""
+    """Result type, opcode and operands of the instructions of the entry computation, by name;
+    arguments of the step by theirs, such as `state.model.embedding.value`."""
     lines = re.split(r"^ENTRY ", text, flags=re.MULTILINE)[1].splitlines()[1:]
     made = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\((.*?)\)(?:,|$)")
     argument = re.compile(r'%([\w.\-]+) = .* parameter\(.*op_name="(state[^"]*)"')
@@ -22,14 +23,19 @@ def entry(text: str) -> dict[str, tuple[str, str, list[str]]]:
     for line in lines:
         if match := made.match(re.sub(r"/\*.*?\*/", "", line)):
             name, result, opcode, operands = match.groups()
-            operands = [names.get(operand, operand) for operand in re.findall(r"%([\w.\-]+)", operands)]
+            operands = [
+                names.get(operand, operand) for operand in re.findall(r"%([\w.\-]+)", operands)
+            ]
             found[names.get(name, name)] = result, opcode, operands
     return found
 
 
 def elements(result: str) -> list[int]:
     """Numbers of elements of the float32 arrays of a result."""
-    return [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"f32\[([\d,]*)\]", result)]
+    return [
+        math.prod(int(n) for n in dims.split(",") if n)
+        for dims in re.findall(r"f32\[([\d,]*)\]", result)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,9 @@ def test_each_weight_is_updated_by_one_kernel(sizes, options):
         result, _, operands = found[kernel]
         (size,) = elements(found[mu][0])
         assert elements(found[nu][0]) == [size]
-        assert elements(result) == [size] * 3  # weight and moments, all read before they are written
+        assert (
+            elements(result) == [size] * 3
+        )  # weight and moments, all read before they are written
         read = sum(sum(elements(found[operand][0])) for operand in operands)
         moved += F32 * (read + 3 * size)
     floor = 28 * sum(sum(elements(found[weight][0])) for weight in weights)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from closeness import mesh_of
 
-from jaxpar.matmul import einsum
+from jaxpar.kernels.matmul import einsum
 
-SHAPES = {"BSD,DHK->BSHK": ((2, 5, 64), (64, 3, 8), (2, 5, 3, 8)), "BSF,DF->BSD": ((2, 5, 64), (16, 64), (2, 5, 16))}
+SHAPES = {
+    "BSD,DHK->BSHK": ((2, 5, 64), (64, 3, 8), (2, 5, 3, 8)),
+    "BSF,DF->BSD": ((2, 5, 64), (16, 64), (2, 5, 16)),
+}
 
 
 @pytest.mark.parametrize("subscripts", SHAPES)
@@ -20,9 +23,13 @@ def test_sums_are_in_float32(subscripts):
         gradients = transpose(g)
     wide = [a.astype(jnp.float32) for a in (x, w)]
     expected, transpose = jax.vjp(lambda x, w: jnp.einsum(subscripts, x, w), *wide)
-    for ours, exact in zip((result, *gradients), (expected, *transpose(g.astype(jnp.float32))), strict=True):
+    for ours, exact in zip(
+        (result, *gradients), (expected, *transpose(g.astype(jnp.float32))), strict=True
+    ):
         assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5)  # one rounding
+        np.testing.assert_allclose(
+            ours.astype(jnp.float32), exact, rtol=2**-8, atol=1e-5
+        )  # one rounding
 
 
 def test_what_a_backend_does_by_itself_is_left_to_it():

@@ -1,4 +1,5 @@
-"""What attention keeps for its backward pass is what the arithmetic says, whichever kernel computes it."""
+"""What attention keeps for its backward pass is what the arithmetic says, whichever kernel computes
+it."""
 
 import math
 
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxpar import cudnn
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig, configure
-from jaxpar.memory import activation_bytes, attention_residual_bytes
+from jaxpar.estimate.memory import activation_bytes, attention_residual_bytes
+from jaxpar.kernels import cudnn
 from jaxpar.sharding import Rules, make_mesh
 from jaxpar.validation import resolve
 
@@ -52,11 +53,17 @@ def test_residuals_of_attention(sizes, context, length, implementation, monkeypa
 
     def array(dtype, *names: str | None, **dims: int) -> jax.ShapeDtypeStruct:
         shape = (2, length, *dims.values())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, rules.spec("batch", *names)))
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, rules.spec("batch", *names))
+        )
 
     q, k, v = (
         array(jnp.bfloat16, "seq", name, "head_dim", heads=heads, head_dim=model.head_dim)
-        for name, heads in (("heads", model.heads), ("kv_heads", model.kv_heads), ("kv_heads", model.kv_heads))
+        for name, heads in (
+            ("heads", model.heads),
+            ("kv_heads", model.kv_heads),
+            ("kv_heads", model.kv_heads),
+        )
     )
     queries, keys = (TokenInfo(*[array(jnp.int32, dim)] * 2) for dim in ("seq", None))
 
@@ -68,7 +75,15 @@ def test_residuals_of_attention(sizes, context, length, implementation, monkeypa
         return jax.vjp(jax.checkpoint(layer, policy=policy), q, k, v)[1]
 
     with jax.set_mesh(mesh):
-        found = [x for x in jax.tree.leaves(jax.eval_shape(residuals, q, k, v, queries, keys)) if x.dtype != jnp.int32]
-    kept = sum(x.dtype.itemsize * math.prod(x.shape) for x in found) - sum(2 * math.prod(x.shape) for x in (q, k, v))
-    expected = activation_bytes(config, sizes)["attention"] + attention_residual_bytes(config, sizes)
+        found = [
+            x
+            for x in jax.tree.leaves(jax.eval_shape(residuals, q, k, v, queries, keys))
+            if x.dtype != jnp.int32
+        ]
+    kept = sum(x.dtype.itemsize * math.prod(x.shape) for x in found) - sum(
+        2 * math.prod(x.shape) for x in (q, k, v)
+    )
+    expected = activation_bytes(config, sizes)["attention"] + attention_residual_bytes(
+        config, sizes
+    )
     assert kept == sizes.devices * expected

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpar import counts, metrics
+from jaxpar import metrics
 from jaxpar.config import Config, LogConfig, MeshConfig, TrainConfig
+from jaxpar.estimate import counts
 from jaxpar.metrics import Metrics
 
 ONE = MeshConfig()
@@ -76,7 +77,10 @@ def test_rows_hold_every_field_and_are_read_one_step_late(tmp_path, clock):
             finished = writer.step(step, values_of(loss=step))
             assert (finished is None) == (step == 1)
             if finished:
-                assert (finished["loss"], finished["gradient_norms"]["head"].shape) == (step - 1, (4,))
+                assert (finished["loss"], finished["gradient_norms"]["head"].shape) == (
+                    step - 1,
+                    (4,),
+                )
             clock.now += 2.0
             assert [row["step"] for row in rows_of(tmp_path)] == [s for s in (2, 4) if s < step]
     rows = rows_of(tmp_path)
@@ -113,7 +117,10 @@ def test_compilation_evaluation_and_checkpoints_are_not_timed(tmp_path, clock):
                     clock.now += 100.0
                     writer.evaluation(step, jnp.float32(2.0))
     train = [row for row in rows_of(tmp_path) if "loss" in row]
-    assert [row["step_seconds"] for row in train] == [1.0, pytest.approx(2 / 3)]  # 4 dispatched in no time, 5, 6
+    assert [row["step_seconds"] for row in train] == [
+        1.0,
+        pytest.approx(2 / 3),
+    ]  # 4 dispatched in no time, 5, 6
     assert train[0]["data_wait_seconds"] == 0.25
 
 
@@ -186,22 +193,30 @@ def test_plain_lines(tmp_path, clock, capsys, h100):
         writer.evaluation(4, 2.0)
         writer.line("saved")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 2/600  loss 3.1416  grad_norm 0.50  lr 3.0e-04  4,096 tokens/s  mfu ")
+    assert lines[0].startswith(
+        "step 2/600  loss 3.1416  grad_norm 0.50  lr 3.0e-04  4,096 tokens/s  mfu "
+    )
     assert lines[0].endswith("%  eta 4:59")
     assert "  skipped 1  eta 4:58" in lines[1]
     assert lines[2:] == ["step 4/600  eval_loss 2.0000  ppl 7.39", "saved"]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (83.4, "1:23"), (7283, "2:01:23"), (266483, "3 d 2:01:23")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "0:05"), (83.4, "1:23"), (7283, "2:01:23"), (266483, "3 d 2:01:23")]
+)
 def test_durations(seconds, text):
     assert metrics._duration(seconds) == text
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_a_bar_on_a_terminal_unless_it_is_switched_off(tmp_path, clock, capsys, monkeypatch, progress):
+def test_a_bar_on_a_terminal_unless_it_is_switched_off(
+    tmp_path, clock, capsys, monkeypatch, progress
+):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    with Metrics(tmp_path, config_of(steps=4, every=1, progress=progress), ONE, start_step=1) as writer:
+    with Metrics(
+        tmp_path, config_of(steps=4, every=1, progress=progress), ONE, start_step=1
+    ) as writer:
         for step in (2, 3, 4):
             writer.step(step, values_of(1.5))
             clock.now += 1.0
@@ -225,8 +240,25 @@ def test_config_json(tmp_path):
     mesh = MeshConfig(data=2, tensor=4)
     metrics.write_config(tmp_path / "new", Config(), mesh)
     content = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert content["mesh"] == {"pipeline": 1, "data": 2, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 4}
-    assert set(content["versions"]) == {"jaxpar", "jax", "jaxlib", "flax", "optax", "orbax", "python"}
+    assert content["mesh"] == {
+        "pipeline": 1,
+        "data": 2,
+        "fsdp": 1,
+        "expert": 1,
+        "sequence": 1,
+        "tensor": 4,
+    }
+    assert set(content["versions"]) == {
+        "jaxpar",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax",
+        "python",
+    }
     assert content["versions"]["jax"] == jax.__version__
     assert content["devices"] == {"kind": "cpu", "count": 8, "processes": 1}
-    assert {group: content[group] for group in dataclasses.asdict(Config())} == dataclasses.asdict(Config())
+    assert {group: content[group] for group in dataclasses.asdict(Config())} == dataclasses.asdict(
+        Config()
+    )

@@ -10,7 +10,7 @@ import pytest
 from closeness import all_within, config_of, cosine_rate, mesh_of, train_ours, within
 
 from jaxpar.config import OptimizerConfig
-from jaxpar.data import Batch
+from jaxpar.data.batches import Batch
 from jaxpar.optimizer import make_optimizer, schedule
 from jaxpar.validation import CHOICES
 
@@ -26,7 +26,8 @@ SHAPES = {
 
 
 class Formula:
-    """One leaf under one optimizer, in float64: `rule(g, decay, t)` is what the learning rate multiplies, t from 1."""
+    """One leaf under one optimizer, in float64: `rule(g, decay, t)` is what the learning rate
+    multiplies, t from 1."""
 
     def __init__(self, name: str, o: OptimizerConfig) -> None:
         self.name, self.beta1, self.beta2, self.eps = name, o.beta1, o.beta2, o.eps
@@ -54,8 +55,8 @@ class Formula:
         return m / (np.sqrt(self.average("v", g**2, self.beta2) / (1 - self.beta2**t)) + self.eps)
 
     def adafactor(self, g: np.ndarray, decay: np.ndarray, t: int) -> np.ndarray:
-        """Shazeer and Stern, 2018, algorithm 4, without relative steps; factored from 32 rows and columns on. Each
-        layer of a stack by itself."""
+        """Shazeer and Stern, 2018, algorithm 4, without relative steps; factored from 32 rows and
+        columns on. Each layer of a stack by itself."""
         keep, layer = 1 - t**-0.8, tuple(range(self.name.startswith("layers."), g.ndim))
         if len(layer) == 2 and min(g.shape[-2:]) >= 32:
             rows = self.average("rows", np.mean(g**2, axis=-1, keepdims=True), keep)
@@ -64,10 +65,14 @@ class Formula:
         else:
             v = self.average("v", g**2, keep)
         direction = g / np.sqrt(v)
-        return direction / np.maximum(1.0, np.sqrt(np.mean(direction**2, axis=layer, keepdims=True))) + decay
+        return (
+            direction / np.maximum(1.0, np.sqrt(np.mean(direction**2, axis=layer, keepdims=True)))
+            + decay
+        )
 
     def muon(self, g: np.ndarray, decay: np.ndarray, t: int) -> np.ndarray:
-        """Jordan et al., 2024: Nesterov momentum, then each layer's [in, out] matrix made orthogonal; else NAdamW.
+        """Jordan et al., 2024: Nesterov momentum, then each layer's [in, out] matrix made
+        orthogonal; else NAdamW.
 
         `out` is stored [out, in]."""
         ahead = self.average("m", g, self.beta1) / (1 - self.beta1 ** (t + 1))
@@ -92,11 +97,16 @@ class Formula:
 
 @pytest.mark.parametrize("name", RATES)
 def test_optimizer_equals_its_formula(name: str) -> None:
-    """Four updates of leaves of every kind, under warmup and decay; weight decay on all but norm scales."""
-    settings = dict(name=name, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, beta1=0.8, eps=1e-3)
+    """Four updates of leaves of every kind, under warmup and decay; weight decay on all but norm
+    scales."""
+    settings = dict(
+        name=name, warmup_steps=2, learning_rate=0.1, weight_decay=0.3, beta1=0.8, eps=1e-3
+    )
     config = config_of(train=dict(steps=4), optimizer=settings)
     optimizer, random = make_optimizer(config), np.random.default_rng(0)
-    start, *gradients = ({k: random.normal(size=v).astype(np.float32) for k, v in SHAPES.items()} for _ in range(5))
+    start, *gradients = (
+        {k: random.normal(size=v).astype(np.float32) for k, v in SHAPES.items()} for _ in range(5)
+    )
     formulas = {leaf: Formula(leaf, config.optimizer) for leaf in SHAPES}
     expected = {leaf: p.astype(np.float64) for leaf, p in start.items()}
     with jax.set_mesh(mesh_of()):
@@ -115,8 +125,11 @@ def test_optimizer_equals_its_formula(name: str) -> None:
 
 @pytest.mark.parametrize("name", RATES)
 def test_layers_do_not_mix(name: str) -> None:
-    """Two updates of a stack of more layers than any layer has rows or columns equal those of each layer alone."""
-    config = config_of(train=dict(steps=4), optimizer=dict(name=name, warmup_steps=0, weight_decay=0.3))
+    """Two updates of a stack of more layers than any layer has rows or columns equal those of each
+    layer alone."""
+    config = config_of(
+        train=dict(steps=4), optimizer=dict(name=name, warmup_steps=0, weight_decay=0.3)
+    )
     layers, optimizer, random = 40, make_optimizer(config), np.random.default_rng(0)
     shapes = {
         "layers.attention.query": (layers, 33, 2, 4),
@@ -126,12 +139,15 @@ def test_layers_do_not_mix(name: str) -> None:
     # Layers whose gradients differ in size: what is mixed is not nearly the same.
     sizes = np.geomspace(1e-2, 1e2, layers)
     params, *gradients = (
-        {k: (random.normal(size=v).T * sizes).T.astype(np.float32) for k, v in shapes.items()} for _ in range(3)
+        {k: (random.normal(size=v).T * sizes).T.astype(np.float32) for k, v in shapes.items()}
+        for _ in range(3)
     )
     update = jax.jit(optimizer.update)
 
     def updates(only: slice) -> list[dict[str, np.ndarray]]:
-        mine, *steps = ({k: jnp.asarray(x[only]) for k, x in tree.items()} for tree in (params, *gradients))
+        mine, *steps = (
+            {k: jnp.asarray(x[only]) for k, x in tree.items()} for tree in (params, *gradients)
+        )
         state, found = optimizer.init(mine), []
         for g in steps:
             change, state = update(g, state, mine)
@@ -145,8 +161,11 @@ def test_layers_do_not_mix(name: str) -> None:
             all_within(f"{name}, update {step}", together, expected, limit=1e-5)
 
 
-# adafactor and muon mix a whole matrix; for the others, which do not, the curve above stands in the fast tests.
-@pytest.mark.parametrize("name", ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ELEMENTWISE)])
+# adafactor and muon mix a whole matrix; for the others, which do not, the curve above stands in the
+# fast tests.
+@pytest.mark.parametrize(
+    "name", ["adafactor", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ELEMENTWISE)]
+)
 def test_optimizer_on_a_mesh_equals_one_device(name: str) -> None:
     """Ten steps on one batch lower its loss, by the same on fsdp=2 x tensor=2."""
     config = config_of(
@@ -158,7 +177,9 @@ def test_optimizer_on_a_mesh_equals_one_device(name: str) -> None:
     tokens = np.random.default_rng(0).integers(64, size=(1, 2, 9)).astype(np.int32)
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), (1, 2, 8))
     data = [Batch(tokens[..., :-1], tokens[..., 1:], positions, np.ones_like(positions))] * 10
-    one, mesh = (train_ours(config, mesh_of(**axes), data)[0][:, 0] for axes in ({}, dict(fsdp=2, tensor=2)))
+    one, mesh = (
+        train_ours(config, mesh_of(**axes), data)[0][:, 0] for axes in ({}, dict(fsdp=2, tensor=2))
+    )
     assert one[-1] < one[0] - 1, f"the loss went from {one[0]} to {one[-1]}"
     within(f"{name}, loss at any step", np.abs(mesh - one).max(), 1e-5)
 
@@ -169,14 +190,29 @@ def test_optimizer_on_a_mesh_equals_one_device(name: str) -> None:
         (dict(schedule="cosine", warmup_steps=0), 4, [1, 0.868198, 0.55, 0.231802, 0.1, 0.1]),
         (dict(schedule="cosine", warmup_steps=2), 4, [0.5, 1, 1, 0.55, 0.1]),
         (dict(schedule="linear", warmup_steps=1), 4, [1, 1, 0.7, 0.4, 0.1, 0.1]),
-        (dict(schedule="linear", warmup_steps=4), 10, [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]),
-        (dict(schedule="wsd", warmup_steps=2, decay_fraction=0.3), 10, [0.5, 1, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1]),
+        (
+            dict(schedule="linear", warmup_steps=4),
+            10,
+            [0.25, 0.5, 0.75, 1, 1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1],
+        ),
+        (
+            dict(schedule="wsd", warmup_steps=2, decay_fraction=0.3),
+            10,
+            [0.5, 1, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1],
+        ),
         (dict(schedule="wsd", warmup_steps=0, decay_fraction=1.0), 3, [1, 0.7, 0.4, 0.1]),
         (dict(schedule="wsd", warmup_steps=2, decay_fraction=0.8), 5, [0.5, 1, 1, 0.7, 0.4, 0.1]),
         (dict(schedule="constant", warmup_steps=2), 4, [0.5, 1, 1, 1, 1]),
         (dict(schedule="linear", warmup_steps=4), 4, [0.25, 0.5, 0.75, 1]),
-        *[(dict(schedule=s, warmup_steps=9), 4, [0.25, 0.5, 0.75, 1]) for s in CHOICES["optimizer.schedule"]],
-        *[(dict(schedule=s, warmup_steps=w), 1, [1]) for s in CHOICES["optimizer.schedule"] for w in (0, 1, 9)],
+        *[
+            (dict(schedule=s, warmup_steps=9), 4, [0.25, 0.5, 0.75, 1])
+            for s in CHOICES["optimizer.schedule"]
+        ],
+        *[
+            (dict(schedule=s, warmup_steps=w), 1, [1])
+            for s in CHOICES["optimizer.schedule"]
+            for w in (0, 1, 9)
+        ],
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -1,4 +1,5 @@
-"""Every mesh computes what one device computes: loss, gradient norm and every gradient leaf, in float32.
+"""Every mesh computes what one device computes: loss, gradient norm and every gradient leaf, in
+float32.
 
 The harness is `jaxpar.verify`. Whatever changes a number of a training step has to enter here.
 """
@@ -10,8 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpar import data, verify
+from jaxpar import verify
 from jaxpar.config import Config, MeshConfig, configure
+from jaxpar.data.batches import Batch, batches
+from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
 from jaxpar.validation import resolve, validate_mesh
 
@@ -30,13 +33,17 @@ VARIANTS = [(True, False, 1), (True, True, 4), (False, False, 4), (False, True, 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """Short documents, several to a window."""
-    stories = (Path(data.__file__).parent / "assets" / "stories.txt").read_text()
+    stories = (Path(verify.__file__).parent / "assets" / "stories.txt").read_text()
     path = tmp_path_factory.mktemp("data") / "short.txt"
-    path.write_text("\n<|endoftext|>\n".join(stories[n * 400 : n * 400 + 5 + n * 7 % 60] for n in range(120)))
+    path.write_text(
+        "\n<|endoftext|>\n".join(stories[n * 400 : n * 400 + 5 + n * 7 % 60] for n in range(120))
+    )
     return path
 
 
-def make_config(text: Path, *, sequence_parallel=True, tied=False, microbatches=1, remat="none", **groups) -> Config:
+def make_config(
+    text: Path, *, sequence_parallel=True, tied=False, microbatches=1, remat="none", **groups
+) -> Config:
     settings = dict(
         model=dict(MODEL, tie_embeddings=tied, init_std=0.1),
         data=dict(source=str(text), tokenizer="bytes", sequence_length=32, validation_fraction=0.0),
@@ -51,9 +58,11 @@ def make_config(text: Path, *, sequence_parallel=True, tied=False, microbatches=
 
 
 @functools.cache
-def first_batch(config: Config) -> data.Batch:
-    corpus = data.open_data(config.data, vocab_size=config.model.vocab_size, seed=0)
-    return next(data.batches(corpus.train, seed=0, batch_size=config.train.batch_size, stop=1, prefetch=0))
+def first_batch(config: Config) -> Batch:
+    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=0)
+    return next(
+        batches(corpus.train, seed=0, batch_size=config.train.batch_size, stop=1, prefetch=0)
+    )
 
 
 @functools.cache
@@ -68,10 +77,14 @@ def check(config: Config, sizes: dict[str, int]) -> None:
     validate_mesh(config, mesh)
     plain = verify.reference_config(config)
     batch = first_batch(plain)
-    assert (batch.segments.max(-1) > 1).any() or not config.data.packing, "no window holds two documents"
+    assert (batch.segments.max(-1) > 1).any() or not config.data.packing, (
+        "no window holds two documents"
+    )
     result = verify.run_batch(config, make_mesh(mesh, jax.devices()[: mesh.devices]), batch)
     report = verify.compare(result, reference(plain), GRADIENT_TOLERANCE)
-    assert report["equal"], {name: error for name, error in report["gradients"].items() if error > GRADIENT_TOLERANCE}
+    assert report["equal"], {
+        name: error for name, error in report["gradients"].items() if error > GRADIENT_TOLERANCE
+    }
     assert report["loss"]["relative_error"] <= LOSS_TOLERANCE
 
 
@@ -89,7 +102,12 @@ def check(config: Config, sizes: dict[str, int]) -> None:
 )
 def test_mesh_of_eight(text, sizes, variant):
     sequence_parallel, tied, microbatches = variant
-    check(make_config(text, sequence_parallel=sequence_parallel, tied=tied, microbatches=microbatches), sizes)
+    check(
+        make_config(
+            text, sequence_parallel=sequence_parallel, tied=tied, microbatches=microbatches
+        ),
+        sizes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,12 @@ def test_weights_gathered_elsewhere(text, sizes, parallel, groups):
 @pytest.mark.parametrize("sizes", ALL_MESHES, ids=lambda sizes: "-".join(map(str, sizes.values())))
 def test_every_mesh_of_eight(text, sizes, variant):
     sequence_parallel, tied, microbatches = variant
-    check(make_config(text, sequence_parallel=sequence_parallel, tied=tied, microbatches=microbatches), sizes)
+    check(
+        make_config(
+            text, sequence_parallel=sequence_parallel, tied=tied, microbatches=microbatches
+        ),
+        sizes,
+    )
 
 
 def test_there_are_twenty_meshes():
@@ -130,14 +153,19 @@ def test_there_are_twenty_meshes():
             dict(vocab_size=273, dim=30, layers=1, heads=6, kv_heads=3, head_dim=10, ffn_dim=33),
             dict(data=dict(sequence_length=15), train=dict(batch_size=2)),
         ),
-        # one sequence a device, a chunk larger than the tokens, full remat, the expert axis as one more batch axis
+        # one sequence a device, a chunk larger than the tokens, full remat, the expert axis as one
+        # more batch axis
         (
             dict(fsdp=2, expert=2, sequence=2),
             dict(layers=3, heads=4, kv_heads=1),
             dict(train=dict(batch_size=4), loss=dict(chunk=10_000), memory=dict(remat="full")),
         ),
         # unpacked documents, padded
-        (dict(data=2, sequence=2, tensor=2), dict(rope_scaling=dict(factor=8.0)), dict(data=dict(packing=False))),
+        (
+            dict(data=2, sequence=2, tensor=2),
+            dict(rope_scaling=dict(factor=8.0)),
+            dict(data=dict(packing=False)),
+        ),
     ],
     ids=["odd sizes", "remat and expert", "unpacked"],
 )
@@ -157,7 +185,9 @@ def test_what_is_kept_changes_nothing(text, memory):
     check(make_config(text, microbatches=2, memory=memory), dict(fsdp=2, sequence=2, tensor=2))
 
 
-@pytest.mark.parametrize("microbatches", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
+@pytest.mark.parametrize(
+    "microbatches", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8]
+)
 def test_microbatches_change_nothing(text, microbatches):
     check(make_config(text, microbatches=microbatches), dict(data=2, fsdp=2))
 

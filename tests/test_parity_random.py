@@ -1,4 +1,5 @@
-"""Twenty combinations of every option, drawn from a fixed seed, against one device. Harness: test_parity's."""
+"""Twenty combinations of every option, drawn from a fixed seed, against one device. Harness:
+test_parity's."""
 
 import itertools
 import math
@@ -17,7 +18,11 @@ SEED, COUNT, FAST = 1, 20, 3
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "sizes": tuple(sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES)) if math.prod(sizes) == 8),
+    "sizes": tuple(
+        sizes
+        for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
+        if math.prod(sizes) == 8
+    ),
     "heads": ((16, 8), (8, 8), (8, 2), (4, 1)),
     "tied": (False, True),
     "packing": (True, False),
@@ -46,7 +51,9 @@ def config_of(text, draw: Draw):  # noqa: F811 (the fixture)
     heads, kv_heads = draw["heads"]
     return make_config(
         text,
-        model=dict(MODEL, heads=heads, kv_heads=kv_heads, tie_embeddings=draw["tied"], init_std=0.1),
+        model=dict(
+            MODEL, heads=heads, kv_heads=kv_heads, tie_embeddings=draw["tied"], init_std=0.1
+        ),
         data=dict(packing=draw["packing"]),
         microbatches=draw["microbatches"],
         parallel={name: draw[name] for name in (*NEEDS,)},
@@ -72,7 +79,11 @@ def drawn(seed: int) -> Iterator[Draw]:
 
 def name_of(draw: Draw) -> str:
     mesh = "x".join(f"{axis}{size}" for axis, size in mesh_of(draw).items())
-    options = [f"{name}={value}" for name, value in draw.items() if name != "sizes" and value != OPTIONS[name][0]]
+    options = [
+        f"{name}={value}"
+        for name, value in draw.items()
+        if name != "sizes" and value != OPTIONS[name][0]
+    ]
     return " ".join([mesh, *options])
 
 
@@ -80,7 +91,11 @@ DRAWS = list(itertools.islice(drawn(SEED), COUNT))
 
 
 @pytest.mark.parametrize(
-    "draw", [pytest.param(d, id=name_of(d), marks=[pytest.mark.slow] * (n >= FAST)) for n, d in enumerate(DRAWS)]
+    "draw",
+    [
+        pytest.param(d, id=name_of(d), marks=[pytest.mark.slow] * (n >= FAST))
+        for n, d in enumerate(DRAWS)
+    ],
 )
 def test_drawn_combination(text, draw):  # noqa: F811
     check(config_of(text, draw), mesh_of(draw))
@@ -90,11 +105,17 @@ def acting(draw: Draw) -> Iterator[tuple[str, Any]]:
     """What of a combination is more than words."""
     mesh = mesh_of(draw)
     yield from mesh.items()
-    yield from ((name, value) for name, value in draw.items() if name != "sizes" and {*NEEDS.get(name, ())} <= {*mesh})
+    yield from (
+        (name, value)
+        for name, value in draw.items()
+        if name != "sizes" and {*NEEDS.get(name, ())} <= {*mesh}
+    )
 
 
 def test_every_value_is_drawn_where_it_matters():
-    wanted = {(name, value) for name, values in OPTIONS.items() if name != "sizes" for value in values}
+    wanted = {
+        (name, value) for name, values in OPTIONS.items() if name != "sizes" for value in values
+    }
     wanted |= {(axis, size) for axis in AXES for size in (2, 4)}
     assert not wanted - {item for draw in DRAWS for item in acting(draw)}
     assert len({name_of(draw) for draw in DRAWS}) == COUNT

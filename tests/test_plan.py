@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import cli, plan, ranking
-from jaxpar.apart import Target, compile_report
+from jaxpar import cli, plan
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.counts import parameter_count
-from jaxpar.hardware import NAMES, find, topology_size
-from jaxpar.memory import RESERVE, peak_memory, state_bytes
-from jaxpar.timetable import svg, timetable
-from jaxpar.timing import bubble_fraction, collective_seconds, members_near, step_time
+from jaxpar.estimate import ranking
+from jaxpar.estimate.counts import parameter_count
+from jaxpar.estimate.hardware import NAMES, find, topology_size
+from jaxpar.estimate.memory import RESERVE, peak_memory, state_bytes
+from jaxpar.estimate.timing import bubble_fraction, collective_seconds, members_near, step_time
+from jaxpar.parallel.timetable import timetable
+from jaxpar.report.apart import Target, compile_report
+from jaxpar.report.gantt import svg
 from jaxpar.validation import resolve
 
 H100 = find("h100")
@@ -34,7 +36,10 @@ def seconds(run: Config, **mesh: int) -> float:
     """With the best number of microbatches."""
     sizes = MeshConfig(**mesh)
     counts = ranking.divisors(run.train.batch_size // sizes.batch_shards)
-    runs = [dataclasses.replace(run, train=dataclasses.replace(run.train, microbatches=n)) for n in counts]
+    runs = [
+        dataclasses.replace(run, train=dataclasses.replace(run.train, microbatches=n))
+        for n in counts
+    ]
     return min(step_time(run, sizes, H100).total for run in runs)
 
 
@@ -48,7 +53,8 @@ def test_data_before_tensor_before_pipeline(name):
 
 
 def test_many_microbatches_put_pipeline_before_tensor():
-    """Where that guidance ends: the bubble shrinks with the microbatches, the traffic of tensor does not."""
+    """Where that guidance ends: the bubble shrinks with the microbatches, the traffic of tensor
+    does not."""
     few, many = (config("llama3_8b", train=dict(batch_size=n)) for n in (8, 128))
     assert seconds(few, tensor=8) < seconds(few, pipeline=8)
     assert seconds(many, data=8) < seconds(many, pipeline=8) < seconds(many, tensor=8)
@@ -67,18 +73,27 @@ def test_tensor_stays_inside_a_host():
     free = dataclasses.replace(run, model=dataclasses.replace(run.model, kv_heads=64))
     ranked = ranking.best_of_each_mesh(ranking.rank(free, H100, 64))
     assert all(c.mesh.tensor <= 8 for c in ranked[:10])
-    assert seconds(free, fsdp=8, tensor=8) < seconds(free, fsdp=4, tensor=16) < seconds(free, fsdp=2, tensor=32)
+    assert (
+        seconds(free, fsdp=8, tensor=8)
+        < seconds(free, fsdp=4, tensor=16)
+        < seconds(free, fsdp=2, tensor=32)
+    )
 
 
 def test_sixteen_bytes_a_parameter_for_mixed_precision_adam():
-    """In float32 weights, two moments and gradient sums, where nothing is sharded and the batch is next to nothing."""
-    run = config("llama2_7b", train=dict(batch_size=2, microbatches=2), data=dict(sequence_length=128))
+    """In float32 weights, two moments and gradient sums, where nothing is sharded and the batch is
+    next to nothing."""
+    run = config(
+        "llama2_7b", train=dict(batch_size=2, microbatches=2), data=dict(sequence_length=128)
+    )
     count = parameter_count(run.model)
     assert state_bytes(run, MeshConfig())["total"] == pytest.approx(16 * count, rel=0.001)
     assert peak_memory(run, MeshConfig()).total == pytest.approx(16 * count, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 1024)]
+)
 def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
     ranked = ranking.rank(config(name), H100, devices)
     best = ranked[0]
@@ -92,7 +107,9 @@ def test_the_best_is_legal_fits_and_beats_the_others(name, devices):
 
 def test_4096_devices_in_ten_seconds():
     seconds = []
-    for _ in range(2):  # the better of two: what else runs on a core slows it, in processor time too
+    for _ in range(
+        2
+    ):  # the better of two: what else runs on a core slows it, in processor time too
         begin = time.process_time()
         assert ranking.rank(config("llama3_70b", train=dict(batch_size=4096)), H100, 4096)
         seconds.append(time.process_time() - begin)
@@ -122,27 +139,50 @@ def report(tmp_path_factory):
     outputs = [f"--json={folder / 'plan.json'}", f"--html={folder / 'plan.html'}"]
     run = ["--config=configs/llama3_8b.py", "--hardware=h100", "--devices=8"]
     assert plan.main([*run, *outputs]) == 0
-    return json.loads((folder / "plan.json").read_text()) | {"page": (folder / "plan.html").read_text()}
+    return json.loads((folder / "plan.json").read_text()) | {
+        "page": (folder / "plan.html").read_text()
+    }
 
 
 def test_json_has_what_the_interface_promises(report):
     first = report["candidates"][0]
-    assert {"mesh", "microbatches", "schedule", "remat", "fits", "memory", "step_seconds", "mfu"} <= first.keys()
+    assert {
+        "mesh",
+        "microbatches",
+        "schedule",
+        "remat",
+        "fits",
+        "memory",
+        "step_seconds",
+        "mfu",
+    } <= first.keys()
     assert {"bubble_fraction", "communication", "reason"} <= first.keys()
-    assert {"params", "gradients", "optimizer", "activations", "logits", "total"} <= first["memory"].keys()
-    parts = {name: size for name, size in first["memory"].items() if name not in ("total", "reserve")}
+    assert {"params", "gradients", "optimizer", "activations", "logits", "total"} <= first[
+        "memory"
+    ].keys()
+    parts = {
+        name: size for name, size in first["memory"].items() if name not in ("total", "reserve")
+    }
     assert sum(parts.values()) == first["memory"]["total"]
-    assert len({json.dumps(row["mesh"]) for row in report["candidates"]}) == len(report["candidates"])
+    assert len({json.dumps(row["mesh"]) for row in report["candidates"]}) == len(
+        report["candidates"]
+    )
     assert first["flags"] in report["page"] and "MFU" in report["page"]
 
 
 def test_verified_figures_replace_predicted_ones(monkeypatch):
     ranked = ranking.best_of_each_mesh(ranking.rank(config("llama3_8b"), H100, 8))
     rows = [plan.as_json(c, ranked[0], H100) for c in ranked[:2]]
-    sent = [dict(axes=["fsdp"], bytes=5), dict(axes=["fsdp"], bytes=6), dict(axes=["data", "sequence"], bytes=7)]
+    sent = [
+        dict(axes=["fsdp"], bytes=5),
+        dict(axes=["fsdp"], bytes=6),
+        dict(axes=["data", "sequence"], bytes=7),
+    ]
     compiled = iter([90 * 2**30, 50 * 2**30])
     monkeypatch.setattr(
-        plan, "compile_report", lambda *_: dict(memory=dict(peak=next(compiled), parts=dict(gaps=3)), collectives=sent)
+        plan,
+        "compile_report",
+        lambda *_: dict(memory=dict(peak=next(compiled), parts=dict(gaps=3)), collectives=sent),
     )
     before = rows[0]["memory"]["total"]
     plan.verify(rows, ranked, H100, 60)
@@ -169,7 +209,11 @@ def test_a_candidate_with_a_pipeline_is_compiled_as_it_is_predicted(monkeypatch)
 
 
 def test_pipelines_are_tried_with_chunks_and_both_ways_to_gather():
-    found = list(ranking.choices(config("llama3_8b", train=dict(batch_size=32)), MeshConfig(pipeline=4, fsdp=2)))
+    found = list(
+        ranking.choices(
+            config("llama3_8b", train=dict(batch_size=32)), MeshConfig(pipeline=4, fsdp=2)
+        )
+    )
     assert {c.parallel.chunks for c in found} == {1, 2, 4}
     assert {c.parallel.gather for c in found} == {"per_layer", "per_step"}
     assert {c.parallel.schedule for c in found} == {"1f1b"}
@@ -181,7 +225,9 @@ def test_gpipe_is_never_better():
     mesh = MeshConfig(pipeline=4, fsdp=2)
     for count in (2, 4, 16, 64):
         run = config("llama3_8b", train=dict(batch_size=2 * count, microbatches=count))
-        gpipe = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, schedule="gpipe"))
+        gpipe = dataclasses.replace(
+            run, parallel=dataclasses.replace(run.parallel, schedule="gpipe")
+        )
         assert peak_memory(gpipe, mesh).total > peak_memory(run, mesh).total
         assert step_time(gpipe, mesh, H100).total >= step_time(run, mesh, H100).total
 
@@ -199,8 +245,18 @@ def test_timetable(tmp_path, capsys):
     assert "<svg" in output.read_text() and "bubble" in output.read_text()
     with pytest.raises(ConfigError, match="no legal mesh of these devices has a pipeline"):
         plan.main([*run[:2], "--devices=1", f"--timetable={output}"])
-    with pytest.raises(ConfigError, match=r"train.microbatches=2 is not divisible by mesh.pipeline=4"):
-        plan.main([*run, "--mesh.pipeline=4", "--config.train.microbatches=2", own[2], f"--timetable={output}"])
+    with pytest.raises(
+        ConfigError, match=r"train.microbatches=2 is not divisible by mesh.pipeline=4"
+    ):
+        plan.main(
+            [
+                *run,
+                "--mesh.pipeline=4",
+                "--config.train.microbatches=2",
+                own[2],
+                f"--timetable={output}",
+            ]
+        )
 
 
 def test_the_table_fits_80_columns(monkeypatch, capsys):
@@ -218,7 +274,10 @@ def test_what_is_illegal_and_how_many_devices_are_enough(monkeypatch, capsys):
     legal = {c.mesh for c in ranking.rank(config("llama3_70b"), H100, 64)}
     assert sum(map(len, rules.values())) + len(legal) == len(list(ranking.meshes(64, {})))
     monkeypatch.setenv("COLUMNS", "200")
-    assert plan.main(["--config=configs/llama3_70b.py", "--hardware=h100", "--devices=8", "--top=1"]) == 1
+    assert (
+        plan.main(["--config=configs/llama3_70b.py", "--hardware=h100", "--devices=8", "--top=1"])
+        == 1
+    )
     out = capsys.readouterr().out
     assert "no mesh fits" in out and "--devices=16 is enough, with " in out
 
@@ -252,7 +311,9 @@ def test_every_hardware_has_its_description(name):
 def test_hardware_of_ones_own(tmp_path):
     (tmp_path / "gpu.txtpb").write_text(H100.target.replace("NVIDIA H100 80GB HBM3", "Mine"))
     file = tmp_path / "mine.toml"
-    file.write_text('target = "gpu.txtpb"\nlink_gbps = 100\nnetwork_gbps = 10\ndomain = 4\nhost = 4\n')
+    file.write_text(
+        'target = "gpu.txtpb"\nlink_gbps = 100\nnetwork_gbps = 10\ndomain = 4\nhost = 4\n'
+    )
     with pytest.raises(ConfigError, match="the peak of 'Mine' is not known; give bfloat16_tflops"):
         find(str(file))
     file.write_text(file.read_text() + "bfloat16_tflops = 500\nfloat32_tflops = 50\n")
@@ -265,13 +326,25 @@ def test_measured_rates(tmp_path):
     file = tmp_path / "cpu.toml"
     file.write_text(
         'measured = "today"\nkind = "cpu"\nmemory_gib = 16.5\nmemory_gbps = 10.0\nbfloat16_tflops = 0.2\n'
-        "float32_tflops = 0.1\nlink_gbps = 1.0\nnetwork_gbps = 1.0\ndomain = 4\nhost = 4\nmatmul_share = 0.5\n"
+        "float32_tflops = 0.1\nlink_gbps = 1.0\nnetwork_gbps = 1.0\ndomain = 4\nhost = "
+        "4\nmatmul_share = 0.5\n"
         "matmul_half = 10.0\nattention_share = 0.1\ncopy_share = 1.0\n"
     )
     found = find(str(file))
-    assert (found.rates.measured, found.rates.matmul_share, found.rates.link_share) == ("today", 0.5, 0.80)
-    assert (found.kind, found.memory_bytes, found.memory_bandwidth) == ("cpu", int(16.5 * 2**30), 1e10)
-    run, quicker = config("tiny"), dataclasses.replace(found, rates=dataclasses.replace(found.rates, matmul_share=1.0))
+    assert (found.rates.measured, found.rates.matmul_share, found.rates.link_share) == (
+        "today",
+        0.5,
+        0.80,
+    )
+    assert (found.kind, found.memory_bytes, found.memory_bandwidth) == (
+        "cpu",
+        int(16.5 * 2**30),
+        1e10,
+    )
+    run, quicker = (
+        config("tiny"),
+        dataclasses.replace(found, rates=dataclasses.replace(found.rates, matmul_share=1.0)),
+    )
     slow, quick = (step_time(run, MeshConfig(), gpu) for gpu in (found, quicker))
     assert slow.matmul == pytest.approx(2 * quick.matmul) and slow.attention == quick.attention
     with pytest.raises(ConfigError, match="cpu has no target description"):

@@ -1,4 +1,5 @@
-"""Prepared shards: the same tokens as the text, whatever the workers and however often interrupted."""
+"""Prepared shards: the same tokens as the text, whatever the workers and however often
+interrupted."""
 
 import contextlib
 import hashlib
@@ -16,20 +17,24 @@ import pytest
 
 from jaxpar import prepare as prepare_module
 from jaxpar.config import Config, ConfigError, DataConfig, ModelConfig
-from jaxpar.data import open_data
+from jaxpar.data.corpus import open_corpus
 from jaxpar.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 
 
 def config_of(source: Path, **changes: object) -> Config:
-    data = DataConfig(source=str(source), tokenizer="bytes", sequence_length=8, validation_fraction=0.3)
+    data = DataConfig(
+        source=str(source), tokenizer="bytes", sequence_length=8, validation_fraction=0.3
+    )
     return Config(model=ModelConfig(vocab_size=257), data=replace(data, **changes))
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(f"this is document {i}" for i in range(20)))
+    (tmp_path / "a.txt").write_text(
+        "\n<|endoftext|>\n".join(f"this is document {i}" for i in range(20))
+    )
     return config_of(tmp_path / "a.txt")
 
 
@@ -38,16 +43,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ids(config: Config, source: Path | str) -> list[list[int]]:
-    data = open_data(replace(config.data, source=str(source)), vocab_size=257, seed=0)
-    return [[int(t) for chunk in windows.stream.chunks() for t in chunk] for windows in (data.train, data.validation)]
+    data = open_corpus(replace(config.data, source=str(source)), vocab_size=257, seed=0)
+    return [
+        [int(t) for chunk in windows.stream.chunks() for t in chunk]
+        for windows in (data.train, data.validation)
+    ]
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.01])
-def test_trains_on_the_same_tokens_as_the_text(config: Config, tmp_path: Path, fraction: float) -> None:
+def test_trains_on_the_same_tokens_as_the_text(
+    config: Config, tmp_path: Path, fraction: float
+) -> None:
     config = replace(config, data=replace(config.data, validation_fraction=fraction))
     manifest = prepare(config, tmp_path / "out", workers=1, shard_characters=60)
     assert ids(config, tmp_path / "out") == ids(config, config.data.source)
-    data = open_data(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)
+    data = open_corpus(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)
     assert (data.documents, data.tokens) == (20, manifest["tokens"])
 
 
@@ -63,7 +73,10 @@ def test_manifest(config: Config, tmp_path: Path) -> None:
     assert manifest["complete"] and manifest["documents"] == 20
     for shard in manifest["shards"]:
         content = (tmp_path / "out" / shard["file"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == 2 * shard["tokens"]
+        assert (
+            hashlib.sha256(content).hexdigest() == shard["sha256"]
+            and len(content) == 2 * shard["tokens"]
+        )
     names = [shard["file"] for shard in manifest["shards"]]
     assert names[:2] == ["train_00000.bin", "train_00001.bin"] and "validation_00000.bin" in names
     assert sorted([*names, "manifest.json"]) == list(contents(tmp_path / "out"))
@@ -80,18 +93,24 @@ def test_one_document_and_validation_source(tmp_path: Path) -> None:
     assert ids(config, tmp_path / "given") == ids(given, tmp_path / "a.txt")
 
 
-def test_large_vocabulary_is_uint32(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxpar.tokenizer import Bytes
+def test_large_vocabulary_is_uint32(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxpar.data.tokenizer import Bytes
 
     monkeypatch.setattr(Bytes, "size", 70_000)
     monkeypatch.setattr(Bytes, "eot", 69_999)
     config = replace(config, model=ModelConfig(vocab_size=70_000))
     manifest = prepare(config, tmp_path / "out", workers=1)
-    data = open_data(replace(config.data, source=str(tmp_path / "out")), vocab_size=70_000, seed=0)
+    data = open_corpus(
+        replace(config.data, source=str(tmp_path / "out")), vocab_size=70_000, seed=0
+    )
     assert manifest["dtype"] == "uint32" and 69_999 in data.train[2].tokens
 
 
-def test_interrupted_and_resumed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_resumed(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     prepare(config, whole, workers=1, shard_characters=60)
     write = prepare_module.write_group
@@ -109,7 +128,9 @@ def test_interrupted_and_resumed(config: Config, tmp_path: Path, monkeypatch: py
         ids(config, out)
 
     resumed = []
-    monkeypatch.setattr(prepare_module, "write_group", lambda g, **o: (resumed.append(g.index), write(g, **o))[1])
+    monkeypatch.setattr(
+        prepare_module, "write_group", lambda g, **o: (resumed.append(g.index), write(g, **o))[1]
+    )
     prepare(config, out, workers=1, shard_characters=60)
     assert resumed[0] == 2, "finished shards are kept"
     assert contents(out) == contents(whole)
@@ -146,14 +167,20 @@ def test_killed_with_workers_and_resumed(config: Config, tmp_path: Path) -> None
 
     command = [sys.executable, str(script), str(source), str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    killed = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     manifest = out / "manifest.json"
-    while killed.poll() is None and not (manifest.exists() and "train_00000" in manifest.read_text()):
+    while killed.poll() is None and not (
+        manifest.exists() and "train_00000" in manifest.read_text()
+    ):
         time.sleep(0.005)
     killed.kill()
     killed.wait()
     deadline = time.monotonic() + 10
-    with contextlib.suppress(ProcessLookupError):  # raised when the last worker has followed its parent
+    with contextlib.suppress(
+        ProcessLookupError
+    ):  # raised when the last worker has followed its parent
         while time.monotonic() < deadline:
             os.killpg(killed.pid, 0)
             time.sleep(0.02)
@@ -196,7 +223,7 @@ def test_refuses(config: Config, tmp_path: Path) -> None:
 def test_shards_of_another_tokenizer_are_refused(config: Config, tmp_path: Path) -> None:
     prepare(config, tmp_path / "out", workers=1)
     with pytest.raises(ConfigError, match=r"set data.tokenizer='bytes'"):
-        open_data(DataConfig(source=str(tmp_path / "out")), vocab_size=50304, seed=0)
+        open_corpus(DataConfig(source=str(tmp_path / "out")), vocab_size=50304, seed=0)
 
 
 def test_a_shard_cut_short_is_refused(config: Config, tmp_path: Path) -> None:
@@ -204,4 +231,4 @@ def test_a_shard_cut_short_is_refused(config: Config, tmp_path: Path) -> None:
     shard = tmp_path / "out" / "train_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ConfigError, match=r"its manifest.json says"):
-        open_data(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)
+        open_corpus(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)

@@ -1,15 +1,17 @@
-"""What is said when memory runs out: by `train` when it happens, and the order of what would help."""
+"""What is said when memory runs out: by `train` when it happens, and the order of what would
+help."""
 
 import dataclasses
 
 import jax
 import pytest
 
-from jaxpar import remedy, train
+from jaxpar import train
 from jaxpar.config import MeshConfig, configure
-from jaxpar.hardware import find, of_kind
-from jaxpar.memory import RESERVE, peak_memory
-from jaxpar.timing import step_time
+from jaxpar.estimate import remedy
+from jaxpar.estimate.hardware import find, of_kind
+from jaxpar.estimate.memory import RESERVE, peak_memory
+from jaxpar.estimate.timing import step_time
 from jaxpar.validation import resolve, validate_mesh
 
 H100 = find("h100")
@@ -24,7 +26,9 @@ def large(**groups):
 
 def test_train_that_runs_out_of_memory_says_what_fills_it(tmp_path, monkeypatch, capsys):
     def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\nmore")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\nmore"
+        )
 
     monkeypatch.setattr(train, "train", exhausted)
     flags = ["--config=configs/tiny.py", "--config.train.batch_size=16", "--mesh.fsdp=8"]
@@ -34,7 +38,10 @@ def test_train_that_runs_out_of_memory_says_what_fills_it(tmp_path, monkeypatch,
     assert "most of it for " in said
     assert f"python -m jaxpar.explain {' '.join(flags)}\n" in said
     assert "what should fit, the fastest first:\n  --" in said
-    assert "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\n" in said and "more" not in said
+    assert (
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\n" in said
+        and "more" not in said
+    )
 
 
 def test_other_failures_stay_what_they_are(tmp_path, monkeypatch):
@@ -76,7 +83,9 @@ def test_flags_make_the_change():
 
 def test_a_compiled_peak_corrects_the_prediction():
     run, mesh = large(), MeshConfig(fsdp=8)
-    plain, corrected = (remedy.changes(run, mesh, H100, room=ROOM, scale=scale) for scale in (1.0, 1.5))
+    plain, corrected = (
+        remedy.changes(run, mesh, H100, room=ROOM, scale=scale) for scale in (1.0, 1.5)
+    )
     assert {change.flags for change in corrected} < {change.flags for change in plain}
 
 

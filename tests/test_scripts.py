@@ -15,17 +15,30 @@ def test_a_step_is_measured_and_taken_apart(tmp_path):
     sizes = dict(vocab_size=64, dim=32, layers=2, heads=2, kv_heads=2, ffn_dim=48)
     flags = [f"--config.model.{name}={size}" for name, size in sizes.items()]
     command = [sys.executable, "scripts/bench_step.py", "--config=configs/cpu_bench.py", *flags]
-    command += ["--config.data.sequence_length=32", "--contenders=jaxpar,eager", "--rounds=1", "--steps=2"]
+    command += [
+        "--config.data.sequence_length=32",
+        "--contenders=jaxpar,eager",
+        "--rounds=1",
+        "--steps=2",
+    ]
     run = subprocess.run(
-        [*command, "--breakdown", f"--json={tmp_path}/out.json"], cwd=ROOT, capture_output=True, text=True
+        [*command, "--breakdown", f"--json={tmp_path}/out.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     ours, theirs = (result["contenders"][name] for name in ("jaxpar", "eager"))
     assert ours["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
-    assert ours["loss"][0] == pytest.approx(theirs["loss"][0], rel=0.05)  # fresh models of one shape: near log 64
+    assert ours["loss"][0] == pytest.approx(
+        theirs["loss"][0], rel=0.05
+    )  # fresh models of one shape: near log 64
     parts = {name: seconds for name, seconds, _ in result["breakdown"]["rows"]}
     assert {"attention", "matmuls of the layers", "head and loss", "optimizer"} < parts.keys()
-    assert all(parts[name] > 0 for name in ("attention", "matmuls of the layers", "head and loss", "optimizer"))
+    assert all(
+        parts[name] > 0
+        for name in ("attention", "matmuls of the layers", "head and loss", "optimizer")
+    )
     for text in ("jaxpar, jax ", "PyTorch, eager, torch ", "the rest", "Roofline: "):
         assert text in run.stdout

@@ -20,7 +20,11 @@ class FakeDevice:
 
 def hosts(count: int, each: int) -> list[FakeDevice]:
     """Devices of several hosts, in an order that the mesh must not depend on."""
-    devices = [FakeDevice(id=host * each + n, process_index=host) for host in range(count) for n in range(each)]
+    devices = [
+        FakeDevice(id=host * each + n, process_index=host)
+        for host in range(count)
+        for n in range(each)
+    ]
     return [devices[n] for n in np.random.default_rng(0).permutation(len(devices))]
 
 
@@ -30,11 +34,15 @@ def crossing(sizes: MeshConfig, devices: list[FakeDevice]) -> list[str]:
 
 def test_spec_maps_names_to_axes():
     rules = Rules()
-    assert rules.spec("batch", "seq", "embed") == jax.P(("data", "fsdp", "expert"), "sequence", None)
+    assert rules.spec("batch", "seq", "embed") == jax.P(
+        ("data", "fsdp", "expert"), "sequence", None
+    )
     assert rules.spec("batch", "residual_seq", "embed")[1] == ("sequence", "tensor")
     assert rules.spec("layers", "embed_fsdp", "ffn") == jax.P(None, "fsdp", "tensor")
     assert rules.spec("batch", None) == jax.P(("data", "fsdp", "expert"), None)
-    assert Rules.make(ParallelConfig(sequence_parallel=False)).spec("residual_seq") == jax.P("sequence")
+    assert Rules.make(ParallelConfig(sequence_parallel=False)).spec("residual_seq") == jax.P(
+        "sequence"
+    )
 
 
 def test_spec_carries_reductions():
@@ -76,7 +84,10 @@ def test_inner_axes_stay_inside_a_host():
     devices = hosts(4, 8)
     assert crossing(MeshConfig(data=4, tensor=8), devices) == ["data"]
     assert crossing(MeshConfig(fsdp=8, tensor=4), devices) == ["fsdp"]
-    assert crossing(MeshConfig(pipeline=2, data=2, sequence=2, tensor=4), devices) == ["pipeline", "data"]
+    assert crossing(MeshConfig(pipeline=2, data=2, sequence=2, tensor=4), devices) == [
+        "pipeline",
+        "data",
+    ]
     array = arrange(MeshConfig(data=4, tensor=8), devices)
     assert [d.id for d in array.ravel()] == list(range(32))
 

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from jaxpar.compile import abstract_state
 from jaxpar.config import MeshConfig, configure
-from jaxpar.data import Batch
-from jaxpar.sharding import make_mesh, show_activations, show_array, show_model
-from jaxpar.step import batch_spec, make_train_step
+from jaxpar.data.batches import Batch, batch_sharding
+from jaxpar.sharding import make_mesh
+from jaxpar.show import show_activations, show_array, show_model
+from jaxpar.step import make_train_step
 from jaxpar.validation import resolve
 
 SIZES = MeshConfig(fsdp=2, sequence=2, tensor=2)
@@ -46,28 +47,42 @@ def config():
     [
         ((8,), jax.P("fsdp"), ["a device holds [4]", "2 different parts", "0:4", "4:8", "0,1,2,3"]),
         ((4, 6), jax.P(), ["a device holds [4, 6]", "1 different parts", "0,1,2,3,4,5,6,7"]),
-        ((3, 8, 6), jax.P(None, "fsdp", "tensor"), ["a device holds [3, 4, 3]", "dim 2: 3:6", "0:4", "5,7"]),
-        ((2, 4, 8, 6), jax.P("fsdp", None, "sequence", "tensor"), ["dim 0: 0:1", "dim 0: 1:2", "8 different parts"]),
+        (
+            (3, 8, 6),
+            jax.P(None, "fsdp", "tensor"),
+            ["a device holds [3, 4, 3]", "dim 2: 3:6", "0:4", "5,7"],
+        ),
+        (
+            (2, 4, 8, 6),
+            jax.P("fsdp", None, "sequence", "tensor"),
+            ["dim 0: 0:1", "dim 0: 1:2", "8 different parts"],
+        ),
     ],
     ids=str,
 )
 def test_any_rank(mesh, shape, spec, expected):
     out = console()
-    show_array(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)), "w", out)
+    show_array(
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)), "w", out
+    )
     for text in expected:
         assert text in said(out)
 
 
 def test_devices_of_a_cell_hold_its_part(mesh):
     out = console()
-    x = jax.device_put(jnp.arange(48.0).reshape(3, 4, 4), NamedSharding(mesh, jax.P(None, "sequence", "tensor")))
+    x = jax.device_put(
+        jnp.arange(48.0).reshape(3, 4, 4), NamedSharding(mesh, jax.P(None, "sequence", "tensor"))
+    )
     show_array(x, "", out)
     rows = [line for line in said(out).splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in rows]
     for name, *held in cells:
         for shard in x.addressable_shards:
             start = shard.index[1].start or 0
-            assert (str(shard.device.id) in ",".join(held).split(",")) == (name == f"{start}:{start + 2}")
+            assert (str(shard.device.id) in ",".join(held).split(",")) == (
+                name == f"{start}:{start + 2}"
+            )
 
 
 def test_model_and_activations(mesh):
@@ -82,7 +97,7 @@ def test_model_and_activations(mesh):
         "2",
     ]
     with jax.set_mesh(mesh):
-        field = jax.ShapeDtypeStruct((1, 4, 16), jnp.int32, sharding=NamedSharding(mesh, batch_spec(config_)))
+        field = jax.ShapeDtypeStruct((1, 4, 16), jnp.int32, sharding=batch_sharding(config_, mesh))
         batch = Batch(field, field, field, field)
         types = show_activations(make_train_step(config_), state, batch, console=out)
     assert types["residual"] == "bfloat16[4@(data,fsdp,expert),16@(sequence,tensor),32]"

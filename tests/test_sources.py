@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import sources
 from jaxpar.config import ConfigError
+from jaxpar.data import sources
 
 
 def test_text_documents(tmp_path: Path) -> None:
-    text = "\ufeffone\r\ntwo\n<|endoftext|>\n \n<|endoftext|>\n\nthree<|endoftext|>x\n<|endoftext|>\n"
+    text = (
+        "\ufeffone\r\ntwo\n<|endoftext|>\n \n<|endoftext|>\n\nthree<|endoftext|>x\n<|endoftext|>\n"
+    )
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     assert list(sources.documents([path], "text")) == ["one\ntwo", "\nthree<|endoftext|>x"]
 
 
 def test_content_mark_of_a_large_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampled at the begin, the end and between of every file; whole where it is small; sizes always count."""
+    """Sampled at the begin, the end and between of every file; whole where it is small; sizes
+    always count."""
     monkeypatch.setattr(sources, "BLOCK", 4)
     monkeypatch.setattr(sources, "BLOCKS", 6)
     content = {"a.txt": b"0123456789" * 2, "b.txt": b"abcdefghij" * 2}
@@ -38,7 +41,12 @@ def test_content_mark_of_a_large_corpus(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sources, "BLOCKS", 10)
     whole = mark()
     assert all(whole != mark(b=_with(content["b.txt"], n)) for n in range(20))
-    assert sources.content_mark("stories") is sources.content_mark("tinystories") is sources.content_mark("") is None
+    assert (
+        sources.content_mark("stories")
+        is sources.content_mark("tinystories")
+        is sources.content_mark("")
+        is None
+    )
 
 
 def _with(text: bytes, place: int) -> bytes:
@@ -50,7 +58,8 @@ def _with(text: bytes, place: int) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
-    """A stand-in for huggingface.co: its address, its files (their announced hash is that of `truth`), its log."""
+    """A stand-in for huggingface.co: its address, its files (their announced hash is that of
+    `truth`), its log."""
     files: dict[str, bytes] = {}
     log: list[str] = []
 
@@ -64,7 +73,9 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, dict[str, bytes], list[str]]]:
             self.send_header("ETag", f'"{hashlib.sha256(files.get("truth", content)).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
             if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                )
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             if self.command == "GET":
@@ -90,7 +101,9 @@ def test_download_once_and_checked(hub, tmp_path: Path) -> None:
     path = sources.download("some/stories", "a.txt", tmp_path, endpoint=endpoint)
     assert path.read_bytes() == b"once upon a time" and any(line.startswith("GET") for line in log)
     log.clear()
-    assert sources.download("some/stories", "a.txt", tmp_path, endpoint=endpoint) == path and not log
+    assert (
+        sources.download("some/stories", "a.txt", tmp_path, endpoint=endpoint) == path and not log
+    )
 
 
 def test_download_resumes(hub, tmp_path: Path) -> None:
@@ -98,7 +111,10 @@ def test_download_resumes(hub, tmp_path: Path) -> None:
     files["a.txt"] = b"once upon a time"
     digest = hashlib.sha256(files["a.txt"]).hexdigest()
     (tmp_path / f"a.txt.{digest}.partial").write_bytes(b"once upon")
-    assert sources.download("some/stories", "a.txt", tmp_path, endpoint=endpoint).read_bytes() == files["a.txt"]
+    assert (
+        sources.download("some/stories", "a.txt", tmp_path, endpoint=endpoint).read_bytes()
+        == files["a.txt"]
+    )
     assert log[-1] == "GET a.txt 9"
 
 

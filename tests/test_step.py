@@ -1,4 +1,5 @@
-"""Mixed precision of the training step: the dynamic loss scale of float16, and purely bfloat16 training."""
+"""Mixed precision of the training step: the dynamic loss scale of float16, and purely bfloat16
+training."""
 
 import itertools
 
@@ -8,15 +9,15 @@ import numpy as np
 import pytest
 
 from jaxpar.config import MeshConfig, configure
-from jaxpar.data import Batch, global_batch
+from jaxpar.data.batches import Batch, batch_sharding, global_batch
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, make_train_step
-from jaxpar.train import batch_sharding
 from jaxpar.validation import resolve
 
 
 def losses_and_state(precision: dict, steps: int):
-    """Metrics of some steps on one batch, on a mesh of eight with ZeRO-1 and two microbatches, and the last state."""
+    """Metrics of some steps on one batch, on a mesh of eight with ZeRO-1 and two microbatches, and
+    the last state."""
     config = resolve(
         configure(
             model=dict(vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64),
@@ -33,19 +34,23 @@ def losses_and_state(precision: dict, steps: int):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         batch = Batch(tokens, np.roll(tokens, -1, -1), positions, np.ones_like(tokens))
-        placed = global_batch(batch, batch_sharding(config, mesh)[0], zigzag=False)
+        placed = global_batch(batch, batch_sharding(config, mesh), zigzag=False)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         rows = []
         for _ in range(steps):
             state, metrics = step(state, placed)
-            rows.append({name: float(metrics[name]) for name in metrics if name != "gradient_norms"})
+            rows.append(
+                {name: float(metrics[name]) for name in metrics if name != "gradient_norms"}
+            )
     return rows, state
 
 
 def test_float16_halves_the_scale_at_an_overflow_and_doubles_it_after_a_while():
     precision = dict(compute="float16", loss_scale=2.0**24, loss_scale_growth_steps=3)
     rows, state = losses_and_state(precision, 12)
-    overflowed = [row["skipped"] > (rows[n - 1]["skipped"] if n else 0) for n, row in enumerate(rows)]
+    overflowed = [
+        row["skipped"] > (rows[n - 1]["skipped"] if n else 0) for n, row in enumerate(rows)
+    ]
     scales = [row["loss_scale"] for row in rows] + [float(state.loss_scale)]
     assert overflowed[0], "the first scale was meant to overflow"
     assert all(scales[n + 1] == scales[n] / 2 for n, bad in enumerate(overflowed) if bad)

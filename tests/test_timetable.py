@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar.timetable import Tick, Work, forward_only, in_all, picture, stack_order, svg, timetable, turns
+from jaxpar.parallel.timetable import (
+    Tick,
+    Work,
+    forward_only,
+    in_all,
+    stack_order,
+    timetable,
+    turns,
+)
+from jaxpar.report.gantt import picture, svg
 
 CASES = [
     *(("1f1b", p, M, 1) for p in (1, 2, 4, 8) for M in (1, 3, p, 4 * p)),
@@ -43,7 +52,9 @@ def test_every_piece_of_work_once_and_after_what_it_needs(schedule, p, M, v):
 @pytest.mark.parametrize(("schedule", "p", "M", "v"), CASES)
 def test_number_of_ticks_and_bubble(schedule, p, M, v):
     table = timetable(schedule, p, M, v)
-    forwards, backwards = (sum(tick.kind[direction] for tick in table.ticks) for direction in (0, 1))
+    forwards, backwards = (
+        sum(tick.kind[direction] for tick in table.ticks) for direction in (0, 1)
+    )
     assert forwards == backwards == v * M + p - 1
     # in stage times: v ticks make one F or B of a whole stage
     assert forwards / v == pytest.approx(M + (p - 1) / v)
@@ -74,7 +85,9 @@ def test_the_stash_does_not_grow_with_microbatches(p, v):
     assert timetable("1f1b", p, 16 * p, v).slots == timetable("1f1b", p, 4 * p, v).slots
 
 
-@pytest.mark.parametrize(("schedule", "p", "M", "v"), [case for case in CASES if case[0] == "1f1b" and case[1] > 1])
+@pytest.mark.parametrize(
+    ("schedule", "p", "M", "v"), [case for case in CASES if case[0] == "1f1b" and case[1] > 1]
+)
 def test_three_phases(schedule, p, M, v):
     phases = timetable(schedule, p, M, v).phases
     assert [phase[0].kind for phase in phases] == [(True, False), (True, True), (False, True)]
@@ -104,7 +117,14 @@ def test_a_stage_holds_the_layers_of_its_chunks(layers, p, v):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("1f1b", 4, 6, 2), ("gpipe", 4, 8, 2), ("zero", 4, 8, 1), ("1f1b", 4, 0, 1), ("1f1b", 0, 4, 1)]
+    "arguments",
+    [
+        ("1f1b", 4, 6, 2),
+        ("gpipe", 4, 8, 2),
+        ("zero", 4, 8, 1),
+        ("1f1b", 4, 0, 1),
+        ("1f1b", 0, 4, 1),
+    ],
 )
 def test_what_cannot_be_is_refused(arguments):
     with pytest.raises(ValueError, match="="):
@@ -115,11 +135,18 @@ def test_the_picture_shows_every_piece_of_work():
     table = timetable("1f1b", 4, 8, 2)
     root = ET.fromstring(svg(table, "1f1b"))
     tag = "{http://www.w3.org/2000/svg}"
-    boxes = [(r.get("x"), r.get("y"), r.get("width")) for r in root.iter(f"{tag}rect") if r.get("stroke")]
+    boxes = [
+        (r.get("x"), r.get("y"), r.get("width")) for r in root.iter(f"{tag}rect") if r.get("stroke")
+    ]
     assert len(boxes) == len(set(boxes)) == 2 * 4 * 8 * 2
-    assert any("bubble (p - 1) / (v M + p - 1) = 15.8%" in (text.text or "") for text in root.iter(f"{tag}text"))
+    assert any(
+        "bubble (p - 1) / (v M + p - 1) = 15.8%" in (text.text or "")
+        for text in root.iter(f"{tag}text")
+    )
     picture = Path(__file__).parents[1] / "docs" / "images" / "pipeline.svg"
-    assert picture.read_text() == svg(table, "1f1b, 2 chunks a stage"), "the picture in the README is out of date"
+    assert picture.read_text() == svg(table, "1f1b, 2 chunks a stage"), (
+        "the picture in the README is out of date"
+    )
 
 
 def test_a_picture_of_many_microbatches_shows_the_first():

@@ -8,9 +8,23 @@ import numpy as np
 import pytest
 
 from jaxpar.config import ConfigError
-from jaxpar.tokenizer import GPT2, Bytes, Tokenizer, encode_documents, fingerprint, load_tokenizer, token_dtype
+from jaxpar.data.tokenizer import (
+    GPT2,
+    Bytes,
+    Tokenizer,
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    token_dtype,
+)
 
-TEXTS = ["hello world", "It's  1,234.5\n\n\ttabs \u00a0 and   spaces  ", "naïve 你好 🙂 мир", "<|endoftext|>", ""]
+TEXTS = [
+    "hello world",
+    "It's  1,234.5\n\n\ttabs \u00a0 and   spaces  ",
+    "naïve 你好 🙂 мир",
+    "<|endoftext|>",
+    "",
+]
 
 
 def hugging_face(path: Path, *, eot: str = "</s>") -> Path:
@@ -19,7 +33,9 @@ def hugging_face(path: Path, *, eot: str = "</s>") -> Path:
     from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = models.BPE(vocab={token: i for i, token in enumerate([*alphabet, "he"])}, merges=[("h", "e")])
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate([*alphabet, "he"])}, merges=[("h", "e")]
+    )
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +72,17 @@ def test_lone_surrogate_is_replaced(tokenizer: Tokenizer) -> None:
 def test_gpt2_ids() -> None:
     gpt2 = load_tokenizer("gpt2")
     assert gpt2.encode("hello world").tolist() == [31373, 995]
-    assert gpt2.encode("Hello, world! It's 2024.\n\n").tolist() == [15496, 11, 995, 0, 632, 338, 48609, 13, 628]
+    assert gpt2.encode("Hello, world! It's 2024.\n\n").tolist() == [
+        15496,
+        11,
+        995,
+        0,
+        632,
+        338,
+        48609,
+        13,
+        628,
+    ]
     assert (gpt2.size, gpt2.eot) == (50257, 50256)
 
 
@@ -89,10 +115,15 @@ def test_sentencepiece(tmp_path: Path) -> None:
     prefix = tmp_path / "model"
     sentences = iter(["the quick brown fox jumps over the lazy dog", "hello world"] * 20)
     trainer = sentencepiece.SentencePieceTrainer
-    trainer.train(sentence_iterator=sentences, model_prefix=str(prefix), vocab_size=40, hard_vocab_limit=False)
+    trainer.train(
+        sentence_iterator=sentences, model_prefix=str(prefix), vocab_size=40, hard_vocab_limit=False
+    )
     tokenizer = load_tokenizer(f"{prefix}.model")
     ids = tokenizer.encode("hello world</s>")
-    assert tokenizer.eot not in ids and tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+    assert (
+        tokenizer.eot not in ids
+        and tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+    )
     assert tokenizer.decode([*tokenizer.encode("hello"), tokenizer.eot, 10**6]) == "hello"
 
 

@@ -1,4 +1,5 @@
-"""The loop through the command itself: what it writes, and how it resumes, stops, skips and gives up."""
+"""The loop through the command itself: what it writes, and how it resumes, stops, skips and gives
+up."""
 
 import contextlib
 import dataclasses
@@ -22,9 +23,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpar import checkpoint, cli, data
+from jaxpar import checkpoint, cli
 from jaxpar import train as command
 from jaxpar.config import AXES, Config, MeshConfig
+from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state
 from jaxpar.tree import named_leaves
@@ -76,10 +78,13 @@ def train(config_file) -> Callable[..., int]:
 
 
 @contextlib.contextmanager
-def watched(before: Callable[[int], Any] | None = None, poison: Collection[int] = ()) -> Iterator[Fed]:
+def watched(
+    before: Callable[[int], Any] | None = None, poison: Collection[int] = ()
+) -> Iterator[Fed]:
     """The tokens [B, S] that training is fed, by number of the batch from 1.
 
-    `before(number)` is called when the loop asks for a batch. Those of `poison` contain the token `POISON`.
+    `before(number)` is called when the loop asks for a batch. Those of `poison` contain the token
+    `POISON`.
     """
     fed: Fed = {}
 
@@ -92,9 +97,9 @@ def watched(before: Callable[[int], Any] | None = None, poison: Collection[int] 
             fed[number] = batch.tokens.reshape(-1, LENGTH).copy()
             yield place(batch)
 
-    original = data.batches
+    original = command.batches
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "batches", batches)
+        patch.setattr(command, "batches", batches)
         yield fed
 
 
@@ -159,10 +164,16 @@ def whole(train, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_what_a_run_writes(whole, config_file):
-    assert {path.name for path in whole.workdir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in whole.workdir.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
     assert saved_steps(whole.workdir) == [10, 20]
     config = cli.parse([f"--config={config_file}"], "").config
-    written = json.loads((whole.workdir / "config.json").read_text(), parse_constant=refuse_constant)
+    written = json.loads(
+        (whole.workdir / "config.json").read_text(), parse_constant=refuse_constant
+    )
     for group, fields in dataclasses.asdict(config).items():
         assert written.pop(group) == fields
     assert written.pop("mesh") == dict.fromkeys(AXES, 1) | {"data": 2, "fsdp": 2, "tensor": 2}
@@ -172,7 +183,9 @@ def test_what_a_run_writes(whole, config_file):
 
 
 def test_the_rows_of_metrics(whole):
-    expected = set("step loss grad_norm learning_rate tokens tokens_per_second step_seconds mfu peak_bytes".split())
+    expected = set(
+        "step loss grad_norm learning_rate tokens tokens_per_second step_seconds mfu peak_bytes".split()
+    )
     found = rows(whole.workdir)
     for step, row in found.items():
         assert row.keys() >= expected
@@ -205,7 +218,13 @@ def test_what_a_run_says(whole):
             "39,072 parameters",
             "8 sequences x 32 tokens = 256 tokens a step",
         ),
-        *("unigram entropy", "step 20/20  loss", "step 10/20  eval_loss", "final validation loss", str(whole.workdir)),
+        *(
+            "unigram entropy",
+            "step 20/20  loss",
+            "step 10/20  eval_loss",
+            "final validation loss",
+            str(whole.workdir),
+        ),
     ):
         assert words in whole.output
 
@@ -228,14 +247,20 @@ train.main()
 """
 
 
-def python(config_file: Path, workdir: Path, *argv: str, run: tuple[str, ...] = ("-m", "jaxpar.train")):
+def python(
+    config_file: Path, workdir: Path, *argv: str, run: tuple[str, ...] = ("-m", "jaxpar.train")
+):
     """The command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, *run, f"--config={config_file}", f"--workdir={workdir}", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        },
     )
 
 
@@ -247,12 +272,17 @@ def killed(config_file, whole, tmp_path_factory) -> Path:
         assert process.stdout
         assert any(line == "thirteen steps\n" for line in process.stdout)
         deadline = time.monotonic() + 30
-        while checkpoint.complete_steps(workdir / "checkpoints") != [10] and time.monotonic() < deadline:
+        while (
+            checkpoint.complete_steps(workdir / "checkpoints") != [10]
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert saved_steps(workdir) == [10]
-    assert max(rows(workdir)) >= 12, "steps beyond the checkpoint must be lost for this to test something"
+    assert max(rows(workdir)) >= 12, (
+        "steps beyond the checkpoint must be lost for this to test something"
+    )
     return workdir
 
 
@@ -265,10 +295,14 @@ def test_resuming_a_killed_run(train, whole, killed, tmp_path, flags):
     assert list(fed) == list(range(11, 21))
     assert all((tokens == whole.fed[step]).all() for step, tokens in fed.items())
     for values in (losses, lambda run: list(evaluations(run).values())):
-        np.testing.assert_allclose(values(tmp_path / "run"), values(whole.workdir), rtol=0 if flags == MESH else 1e-5)
+        np.testing.assert_allclose(
+            values(tmp_path / "run"), values(whole.workdir), rtol=0 if flags == MESH else 1e-5
+        )
     assert flags == OTHER or equal_bits(state_of(tmp_path / "run", 20), state_of(whole.workdir, 20))
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (written["mesh"]["sequence"], written["train"]["microbatches"]) == ((1, 1) if flags == MESH else (2, 2))
+    assert (written["mesh"]["sequence"], written["train"]["microbatches"]) == (
+        (1, 1) if flags == MESH else (2, 2)
+    )
 
 
 def test_steps_already_reached(train, whole, capsys, tmp_path):
@@ -290,17 +324,29 @@ def test_another_batch_size_goes_on_with_the_next_sample(train, whole, tmp_path)
     found = rows(tmp_path / "run")
     assert list(found) == list(range(1, 16))
     assert [found[step]["tokens"] for step in (10, 11, 15)] == [10 * 256, 12 * 256, 20 * 256]
-    with pytest.raises(command.ConfigError, match=r"train.batch_size=24 .*160 samples.*use one of 10, 16, 20, 32"):
-        train(tmp_path / "run", "--mesh.data=8", "--config.train.batch_size=24", "--config.train.steps=16")
+    with pytest.raises(
+        command.ConfigError, match=r"train.batch_size=24 .*160 samples.*use one of 10, 16, 20, 32"
+    ):
+        train(
+            tmp_path / "run",
+            "--mesh.data=8",
+            "--config.train.batch_size=24",
+            "--config.train.steps=16",
+        )
 
 
 def test_restoring_from_another_run(train, killed, whole, tmp_path):
     before, restore = files(killed), f"--config.checkpoint.restore={killed}"
-    with pytest.raises(command.ConfigError, match=r"train.batch_size=24 does not divide the 80 samples"):
+    with pytest.raises(
+        command.ConfigError, match=r"train.batch_size=24 does not divide the 80 samples"
+    ):
         train(tmp_path / "run", restore, "--config.train.batch_size=24")
     assert not (tmp_path / "run").exists(), "a refused start has written"
     assert train(tmp_path / "run", *MESH, restore) == 0
-    assert (list(rows(tmp_path / "run")), saved_steps(tmp_path / "run")) == (list(range(11, 21)), [20])
+    assert (list(rows(tmp_path / "run")), saved_steps(tmp_path / "run")) == (
+        list(range(11, 21)),
+        [20],
+    )
     assert rows(tmp_path / "run")[20]["loss"] == rows(whole.workdir)[20]["loss"]
     assert files(killed) == before
 
@@ -308,14 +354,19 @@ def test_restoring_from_another_run(train, killed, whole, tmp_path):
 def test_other_data_is_refused_or_begun_afresh(train, killed, tmp_path):
     """The position in the data of a run means nothing in another order of it."""
     before, seed, fresh = files(killed), "--config.train.seed=3", tmp_path / "fresh"
-    with pytest.raises(command.ConfigError, match=rf"train.seed: checkpoint 0, config 3\n.*restore={killed}"):
+    with pytest.raises(
+        command.ConfigError, match=rf"train.seed: checkpoint 0, config 3\n.*restore={killed}"
+    ):
         train(killed, *MESH, seed)
     assert files(killed) == before, "a refused start has written"
     flags = (*MESH, seed, f"--config.checkpoint.restore={killed}")
     with watched() as fed:
         assert train(fresh, *flags, "--config.train.steps=15") == train(fresh, *flags) == 0
     assert list(fed) == [*range(1, 11)], "batches from the first, then on from there"
-    assert [rows(fresh)[step]["tokens"] for step in (11, 20)] == [BATCH * LENGTH, 10 * BATCH * LENGTH]
+    assert [rows(fresh)[step]["tokens"] for step in (11, 20)] == [
+        BATCH * LENGTH,
+        10 * BATCH * LENGTH,
+    ]
 
 
 # Signals.
@@ -355,7 +406,9 @@ def test_a_second_ctrl_c_does_not_wait(train, tmp_path, capsys):
 
 def test_a_signal_during_an_evaluation(train, tmp_path, monkeypatch):
     evaluate = command.evaluate
-    monkeypatch.setattr(command, "evaluate", lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args))
+    monkeypatch.setattr(
+        command, "evaluate", lambda *args: signal.raise_signal(signal.SIGTERM) or evaluate(*args)
+    )
     assert train(tmp_path / "run", *MESH, "--config.train.eval_every=5") == 143
     assert evaluations(tmp_path / "run") == {}
     assert saved_steps(tmp_path / "run") == [5]
@@ -385,7 +438,9 @@ def infinite(monkeypatch) -> None:
     def infinite(config: Config):
         state = init_state(config)
         table = state.model.embedding
-        ids = jax.lax.broadcasted_iota(np.int32, table.shape, 0, out_sharding=jax.typeof(table[...]).sharding)
+        ids = jax.lax.broadcasted_iota(
+            np.int32, table.shape, 0, out_sharding=jax.typeof(table[...]).sharding
+        )
         table[...] = jax.numpy.where(ids == POISON, np.inf, table[...])
         return state
 
@@ -393,7 +448,11 @@ def infinite(monkeypatch) -> None:
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_training_goes_on(train, infinite, tmp_path):
-    flags = ("--config.checkpoint.every=1", "--config.checkpoint.keep=20", "--config.data.validation_fraction=0")
+    flags = (
+        "--config.checkpoint.every=1",
+        "--config.checkpoint.keep=20",
+        "--config.data.validation_fraction=0",
+    )
     with watched(poison=(6, 7, 9)):
         assert train(tmp_path, *MESH, *flags) == 0
     found = rows(tmp_path)
@@ -406,7 +465,11 @@ def test_a_batch_that_is_not_finite_is_skipped_and_training_goes_on(train, infin
     for step, state in states.items():
         assert (state.pop("step"), state.pop("skipped")) == (step, found[step]["skipped"])
     assert equal_bits(states[5], states[6]) and equal_bits(states[6], states[7])
-    assert not any(states[7][name].tobytes() == states[8][name].tobytes() for name in states[7] if "model." in name)
+    assert not any(
+        states[7][name].tobytes() == states[8][name].tobytes()
+        for name in states[7]
+        if "model." in name
+    )
     assert found[20]["loss"] < found[10]["loss"] < found[5]["loss"]
 
 
@@ -416,11 +479,13 @@ def test_too_many_in_a_row_stop_the_run(train, infinite, tmp_path, capsys, confi
     assert [rows(tmp_path)[step]["skipped"] for step in (2, 3, 4, 5)] == [0, 1, 2, 3]
     assert max(fed) <= 6, "the run went on after the third"
     report = capsys.readouterr().err
-    assert report.startswith("error: step 5: loss nan, gradient norm nan; the last 3 updates were not finite")
+    assert report.startswith(
+        "error: step 5: loss nan, gradient norm nan; the last 3 updates were not finite"
+    )
 
     listed = re.search(r"windows of the training data in its batch: ([\d, ]+)\n", report)
     config = cli.parse([f"--config={config_file}"], "").config
-    windows = data.open_data(config.data, vocab_size=320, seed=0).train
+    windows = open_corpus(config.data, vocab_size=320, seed=0).train
     expected = np.stack([windows[int(index)].tokens for index in listed[1].split(",")])
     expected[0, 3] = POISON
     np.testing.assert_array_equal(fed[5], expected)
@@ -451,7 +516,10 @@ def test_evaluation_only_at_the_end(train, tmp_path):
 
 
 def test_no_evaluation_without_a_validation_split(train, tmp_path, capsys):
-    assert train(tmp_path, *MESH, "--config.data.validation_fraction=0", "--config.train.eval_every=5") == 0
+    assert (
+        train(tmp_path, *MESH, "--config.data.validation_fraction=0", "--config.train.eval_every=5")
+        == 0
+    )
     assert evaluations(tmp_path) == {} and len(losses(tmp_path)) == 20
     assert not re.search("validation|eval_loss", capsys.readouterr().out)
 
@@ -462,24 +530,35 @@ def processes(config_file: Path, workdir: Path, *argv: str) -> list[subprocess.P
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     launch = ("--cpu_devices=2", f"--coordinator={address}", "--num_processes=2")
-    return [python(config_file, workdir, *launch, f"--process_id={index}", *argv) for index in range(2)]
+    return [
+        python(config_file, workdir, *launch, f"--process_id={index}", *argv) for index in range(2)
+    ]
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(train, config_file, tmp_path):
-    flags = ("--mesh.fsdp=4", "--config.train.steps=8", "--config.checkpoint.every=4", "--config.train.eval_every=4")
+    flags = (
+        "--mesh.fsdp=4",
+        "--config.train.steps=8",
+        "--config.checkpoint.every=4",
+        "--config.train.eval_every=4",
+    )
     one = python(config_file, tmp_path / "one", "--cpu_devices=4", *flags)
     one.communicate()
     pair = processes(config_file, tmp_path / "two", *flags)
     outputs = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in (one, *pair)] == [0, 0, 0], outputs
     assert "4 x cpu, 2 processes; mesh fsdp=4" in outputs[0][0]
-    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines()), "process 1 must be silent"
+    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines()), (
+        "process 1 must be silent"
+    )
 
     for values in (losses, lambda run: list(evaluations(run).values())):
         np.testing.assert_allclose(values(tmp_path / "two"), values(tmp_path / "one"), rtol=1e-5)
     assert saved_steps(tmp_path / "two") == [4, 8]
-    assert train(tmp_path / "two", *MESH, "--config.train.steps=10") == 0  # in one process, on another mesh
+    assert (
+        train(tmp_path / "two", *MESH, "--config.train.steps=10") == 0
+    )  # in one process, on another mesh
     assert len(losses(tmp_path / "two")) == 10
 
 

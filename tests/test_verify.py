@@ -1,4 +1,5 @@
-"""The verifier through the command: meshes that are equal, computations that are not, and its JSON."""
+"""The verifier through the command: meshes that are equal, computations that are not, and its
+JSON."""
 
 import json
 import math
@@ -31,7 +32,9 @@ def get_config():
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("cfg.py").write_text(CONFIG)
-    Path("text.txt").write_text("".join(f"{n} plus {n} is {2 * n}.\n<|endoftext|>\n" for n in range(300)))
+    Path("text.txt").write_text(
+        "".join(f"{n} plus {n} is {2 * n}.\n<|endoftext|>\n" for n in range(300))
+    )
 
 
 def strict(text: str) -> dict:
@@ -57,7 +60,12 @@ def verified(capsys):
     [
         ("--mesh.fsdp=2", "--mesh.sequence=2", "--mesh.tensor=2"),
         (
-            *("--mesh.data=2", "--mesh.expert=2", "--mesh.tensor=2", "--config.train.microbatches=2"),
+            *(
+                "--mesh.data=2",
+                "--mesh.expert=2",
+                "--mesh.tensor=2",
+                "--config.train.microbatches=2",
+            ),
             *("--config.parallel.sequence_parallel=false", "--config.memory.remat=full"),
         ),
     ],
@@ -71,15 +79,26 @@ def test_equal(verified, flags):
     for name in ("loss", "grad_norm"):
         row = report[name]
         assert row.keys() == {"reference", "mesh", "relative_error"}
-        assert row["relative_error"] == pytest.approx(abs(row["mesh"] / row["reference"] - 1), abs=1e-12)
+        assert row["relative_error"] == pytest.approx(
+            abs(row["mesh"] / row["reference"] - 1), abs=1e-12
+        )
     assert report["loss"]["reference"] == pytest.approx(math.log(320), rel=0.02)
-    assert {"embedding", "layers.attention.query", "layers.mlp_norm.scale", "norm.scale", "head"} < set(gradients)
+    assert {
+        "embedding",
+        "layers.attention.query",
+        "layers.mlp_norm.scale",
+        "norm.scale",
+        "head",
+    } < set(gradients)
     assert len(gradients) == 12
-    assert 0 < max(gradients.values()) <= 1e-5, "float32 sums in another order are not the same bits"
+    assert 0 < max(gradients.values()) <= 1e-5, (
+        "float32 sums in another order are not the same bits"
+    )
 
 
 def test_a_wrong_order_of_tokens_is_found(verified, monkeypatch):
-    """Context parallelism that joins the shards of a sequence in the wrong order; one device has no order."""
+    """Context parallelism that joins the shards of a sequence in the wrong order; one device has no
+    order."""
 
     def swapped(x, axis="sequence"):
         return jax.numpy.roll(jax.lax.all_gather(x, axis, axis=1, tiled=True), x.shape[1], axis=1)
@@ -105,7 +124,9 @@ def test_a_wrong_gradient_is_found_though_the_loss_is_right(capsys, monkeypatch)
     assert verify.main(["--config=cfg.py", "--mesh.data=8", "--json=report.json"]) == 1
     report = strict(Path("report.json").read_text())
     assert report["equal"] is False and report["loss"]["relative_error"] <= 1e-5
-    assert [name for name, error in report["gradients"].items() if error > 1e-5] == ["layers.mlp.up"]
+    assert [name for name, error in report["gradients"].items() if error > 1e-5] == [
+        "layers.mlp.up"
+    ]
     assert report["gradients"]["layers.mlp.up"] == pytest.approx(1e-4, rel=0.05)
     table = capsys.readouterr().out
     assert all(words in table for words in ("data=8", "quantity or gradient", "head"))
@@ -115,7 +136,9 @@ def test_a_wrong_gradient_is_found_though_the_loss_is_right(capsys, monkeypatch)
 def test_what_is_not_finite_is_different_and_still_json(verified, monkeypatch):
     norms = iter([1.0, math.nan])
     monkeypatch.setattr(
-        verify, "run_batch", lambda *_: verify.Result(1.0, norm := next(norms), {"weight": np.array([norm])})
+        verify,
+        "run_batch",
+        lambda *_: verify.Result(1.0, norm := next(norms), {"weight": np.array([norm])}),
     )
     code, report = verified()
     assert (code, report["equal"]) == (1, False)
@@ -125,13 +148,17 @@ def test_what_is_not_finite_is_different_and_still_json(verified, monkeypatch):
 
 
 def test_the_tolerance_decides(monkeypatch, capsys):
-    results = [verify.Result(1.0, 2.0, {"weight": np.array([3.0, 4.0 + more])}) for more in (0.0, 0.005)]
+    results = [
+        verify.Result(1.0, 2.0, {"weight": np.array([3.0, 4.0 + more])}) for more in (0.0, 0.005)
+    ]
     for tolerance, code, verdict in ((1.1e-3, 0, "equal"), (0.9e-3, 1, "DIFFERENT")):
         left = iter(results)
         monkeypatch.setattr(verify, "run_batch", lambda *_: next(left))  # noqa: B023
         assert verify.main(["--config=cfg.py", f"--tolerance={tolerance}"]) == code
         output = capsys.readouterr().out
-        assert "1.0e-03" in output and f"{verdict} within a relative error of {tolerance:g}" in output
+        assert (
+            "1.0e-03" in output and f"{verdict} within a relative error of {tolerance:g}" in output
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from jaxpar.config import ConfigError, DataConfig
-from jaxpar.data import open_data
-from jaxpar.shards import Stream
-from jaxpar.windows import SyntheticWindows, Windows
+from jaxpar.data.corpus import open_corpus
+from jaxpar.data.shards import Stream
+from jaxpar.data.windows import SyntheticWindows, Windows
 
 EOT = 9
 
@@ -78,13 +78,15 @@ def test_id_beyond_the_vocabulary_is_found_on_load() -> None:
 
 def test_synthetic_windows() -> None:
     config = DataConfig(source="synthetic", sequence_length=64)
-    one, two = (open_data(config, vocab_size=7, seed=seed) for seed in (0, 1))
+    one, two = (open_corpus(config, vocab_size=7, seed=seed) for seed in (0, 1))
     window = one.train[5]
     assert set(window.tokens) == set(range(7))
-    assert window.targets[:-1].tolist() == window.tokens[1:].tolist() and (window.segments == 1).all()
+    assert (
+        window.targets[:-1].tolist() == window.tokens[1:].tolist() and (window.segments == 1).all()
+    )
     assert window.positions.tolist() == list(range(64))
     for other in (one.train[6], two.train[5], one.validation[5]):
         assert (other.tokens != window.tokens).any()
-    again = open_data(config, vocab_size=7, seed=0).train.load([9, 5])
+    again = open_corpus(config, vocab_size=7, seed=0).train.load([9, 5])
     assert (again.tokens[1] == window.tokens).all() and isinstance(one.train, SyntheticWindows)
     assert one.tokenizer is None and one.unigram_entropy is None

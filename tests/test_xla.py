@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpar import counts, xla
+from jaxpar import xla
 from jaxpar.compile import compile_train_step
 from jaxpar.config import CompileConfig, MeshConfig, configure
+from jaxpar.estimate import counts
 from jaxpar.sharding import make_mesh
 from jaxpar.validation import resolve
 
@@ -35,28 +36,51 @@ def test_options_are_those_of_the_platform(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # conftest.py's
     config, cpus = CompileConfig(), jax.devices()
     assert xla.options(config, cpus) == xla.PRESET["cpu"] != {}
-    assert xla.options(config, cpus, once=True) == xla.PRESET["cpu"] | xla.ONCE["cpu"] != xla.PRESET["cpu"]
-    assert xla.options(config, [Gpu(), Gpu()]) == xla.options(config, [Gpu()], once=True) == xla.PRESET["gpu"] != {}
-    assert xla.options(CompileConfig(preset=False), [Gpu()]) == xla.options(CompileConfig(preset=False), cpus) == {}
+    assert (
+        xla.options(config, cpus, once=True)
+        == xla.PRESET["cpu"] | xla.ONCE["cpu"]
+        != xla.PRESET["cpu"]
+    )
+    assert (
+        xla.options(config, [Gpu(), Gpu()])
+        == xla.options(config, [Gpu()], once=True)
+        == xla.PRESET["gpu"]
+        != {}
+    )
+    assert (
+        xla.options(CompileConfig(preset=False), [Gpu()])
+        == xla.options(CompileConfig(preset=False), cpus)
+        == {}
+    )
     assert xla.options(config, [Gpu(), cpus[0]]) == {}
 
 
 def test_the_users_flags_win(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/x --xla_gpu_enable_latency_hiding_scheduler=false")
+    monkeypatch.setenv(
+        "XLA_FLAGS", "--xla_dump_to=/x --xla_gpu_enable_latency_hiding_scheduler=false"
+    )
     options = xla.options(CompileConfig(), [Gpu()])
     assert options.keys() == xla.PRESET["gpu"].keys() - {"xla_gpu_enable_latency_hiding_scheduler"}
 
 
 def test_the_optimizer_state_is_updated_where_it_lies():
-    """On CPUs only the preset's option sees to that; a state that is not updated in place is copied whole."""
+    """On CPUs only the preset's option sees to that; a state that is not updated in place is copied
+    whole."""
     model = dict(dim=64, layers=2, heads=4, ffn_dim=128, vocab_size=256)
     temporary = {}
     for preset in (True, False):
         config = resolve(
-            configure(model=model, data=dict(sequence_length=16), train=dict(batch_size=1), compile=dict(preset=preset))
+            configure(
+                model=model,
+                data=dict(sequence_length=16),
+                train=dict(batch_size=1),
+                compile=dict(preset=preset),
+            )
         )
         step = compile_train_step(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-        copies = re.findall(r"%copy[.\d]* = f32\[\d[^ ]* copy\(%state_(?:optimizer|model)", step.as_text())
+        copies = re.findall(
+            r"%copy[.\d]* = f32\[\d[^ ]* copy\(%state_(?:optimizer|model)", step.as_text()
+        )
         assert bool(copies) != preset
         temporary[preset] = step.memory_analysis().temp_size_in_bytes
     moments = 2 * 4 * counts.parameter_count(config.model)
@@ -65,9 +89,16 @@ def test_the_optimizer_state_is_updated_where_it_lies():
 
 @pytest.mark.parametrize(
     "cache, set_by_user, written",
-    [("auto", "", "home/compiled"), ("auto", "theirs", "theirs"), ("mine", "theirs", "mine"), ("none", "", "")],
+    [
+        ("auto", "", "home/compiled"),
+        ("auto", "theirs", "theirs"),
+        ("mine", "theirs", "mine"),
+        ("none", "", ""),
+    ],
 )
-def test_compiled_programs_are_kept(tmp_path: Path, cache: str, set_by_user: str, written: str) -> None:
+def test_compiled_programs_are_kept(
+    tmp_path: Path, cache: str, set_by_user: str, written: str
+) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(xla.__file__).parents[1])}
     if set_by_user:

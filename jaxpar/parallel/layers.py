@@ -16,11 +16,19 @@ Pull = Callable[[Any, jax.Array], tuple[Any, jax.Array]]
 
 
 def vjp(
-    layer: Layer, weights: Any, x: jax.Array, context: Any, *, first: Any = 0, depth: int, unroll: int = 1
+    layer: Layer,
+    weights: Any,
+    x: jax.Array,
+    context: Any,
+    *,
+    first: Any = 0,
+    depth: int,
+    unroll: int = 1,
 ) -> tuple[jax.Array, Pull]:
     """Runs layers, and returns how to add their gradients to totals.
 
-    Spelt out, because jax's transpose of a scan makes the gradients of all its layers first, another copy of them.
+    Spelt out, because jax's transpose of a scan makes the gradients of all its layers first,
+    another copy of them.
 
     Args:
       layer: one layer.
@@ -32,8 +40,9 @@ def vjp(
       unroll: layers in one turn of the loop.
 
     Returns:
-      y of the last layer, and the function that goes back. Its totals have the shapes of `weights`, the dtype in which
-      gradients are summed, and the layout of the gradients, partial sums (`unreduced`) where these are.
+      y of the last layer, and the function that goes back. Its totals have the shapes of `weights`,
+      the dtype in which gradients are summed, and the layout of the gradients, partial sums
+      (`unreduced`) where these are.
     """
     shared: list[Any] = []  # how to take a layer's residuals apart, the same for every layer
 
@@ -41,7 +50,8 @@ def vjp(
         here = at(weights, first + i)
         y, pull = jax.vjp(lambda w, x: layer(w, x, context), here, x)
         residuals, structure = jax.tree.flatten(pull)
-        # Weights and what all layers share are here anyway: only the rest has to be kept for each layer.
+        # Weights and what all layers share are here anyway: only the rest has to be kept for each
+        # layer.
         places = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((here, context)))}
         shared[:] = structure, [places.get(id(leaf)) for leaf in residuals]
         return y, [leaf for leaf in residuals if id(leaf) not in places]
@@ -54,12 +64,16 @@ def vjp(
             dy, totals = carry
             i, kept = scanned
             leaves, rest = jax.tree.leaves((at(weights, first + i), context)), iter(kept)
-            pull = jax.tree.unflatten(structure, [next(rest) if n is None else leaves[n] for n in places])
+            pull = jax.tree.unflatten(
+                structure, [next(rest) if n is None else leaves[n] for n in places]
+            )
             more, dx = pull(dy)
             totals = jax.tree.map(lambda total, d: _add_at(total, first + i, d), totals, more)
             return (dx, totals), None
 
-        (dx, totals), _ = jax.lax.scan(step, (dy, totals), (jnp.arange(depth), kept_l), reverse=True, unroll=unroll)
+        (dx, totals), _ = jax.lax.scan(
+            step, (dy, totals), (jnp.arange(depth), kept_l), reverse=True, unroll=unroll
+        )
         return totals, dx
 
     return y, back
@@ -82,5 +96,6 @@ def _add_at(total_n: jax.Array, i: jax.Array, more: jax.Array) -> jax.Array:
     spec, spec_more = (jax.typeof(x).sharding.spec for x in (total_n, more))
     if not spec.unreduced:
         return add(total_n, i, more)
-    add = jax.shard_map(add, in_specs=(spec, jax.P(), spec_more), out_specs=spec, check_vma=False)  # partial sums
-    return add(total_n, i, more)
+    in_specs = (spec, jax.P(), spec_more)
+    local = jax.shard_map(add, in_specs=in_specs, out_specs=spec, check_vma=False)  # partial sums
+    return local(total_n, i, more)

@@ -1,8 +1,8 @@
 """Gathering weights and reducing their gradients: the `fsdp` and `data` axes.
 
-The transposes are the point. Under Explicit sharding the cotangent of an array that is `reduced` over an axis is
-`unreduced` over it: a sum still to be taken, until a `reshard` asks for it. So gradients can be added up over
-microbatches first and reduced once:
+The transposes are the point. Under Explicit sharding the cotangent of an array that is `reduced`
+over an axis is `unreduced` over it: a sum still to be taken, until a `reshard` asks for it. So
+gradients can be added up over microbatches first and reduced once:
 
     entered = enter_step(weight, ...)          # before the microbatch loop
     ...    gather(entered, ...)                # in each layer
@@ -17,12 +17,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 
 
-def enter_step(weight: jax.Array, token_axes: Iterable[str], dtype: jnp.dtype, *, gather_fsdp: bool) -> jax.Array:
+def enter_step(
+    weight: jax.Array, token_axes: Iterable[str], dtype: jnp.dtype, *, gather_fsdp: bool
+) -> jax.Array:
     """The weight as the microbatches of a step use it.
 
-    It is gathered over `data` where it is stored sharded there (ZeRO-1), and over `fsdp` with `gather_fsdp`, in the
-    compute dtype; and it is typed so that its gradient stays a partial sum over every axis that spreads tokens but not
-    the weight.
+    It is gathered over `data` where it is stored sharded there (ZeRO-1), and over `fsdp` with
+    `gather_fsdp`, in the compute dtype; and it is typed so that its gradient stays a partial sum
+    over every axis that spreads tokens but not the weight.
 
     Args:
       weight: as stored, any rank.
@@ -43,7 +45,8 @@ def enter_step(weight: jax.Array, token_axes: Iterable[str], dtype: jnp.dtype, *
 
 
 def zero_gradient(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Where the gradients of microbatches are added up: zeros of the type of the gradient of an entered weight."""
+    """Where the gradients of microbatches are added up: zeros of the type of the gradient of an
+    entered weight."""
     spec = jax.typeof(weight).sharding.spec
     zeros = jnp.zeros(weight.shape, dtype, out_sharding=PartitionSpec(*spec.partitions))
     return reshard(zeros, PartitionSpec(*spec.partitions, unreduced=spec.reduced))
@@ -52,8 +55,9 @@ def zero_gradient(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def leave_step(gradient: jax.Array, weight: jax.Array) -> jax.Array:
     """Takes the sums that `enter_step` left open, in the dtype of the gradient.
 
-    A reduce-scatter over the axes that shard the weight, then an all-reduce of what is left over the others. It takes
-    two steps to say so: a single one is compiled to an all-reduce of the whole over all of these axes.
+    A reduce-scatter over the axes that shard the weight, then an all-reduce of what is left over
+    the others. It takes two steps to say so: a single one is compiled to an all-reduce of the whole
+    over all of these axes.
 
     Args:
       gradient: of an entered weight.
@@ -70,16 +74,19 @@ def leave_step(gradient: jax.Array, weight: jax.Array) -> jax.Array:
 
 def scale_partial(gradient: jax.Array, scale: jax.Array) -> jax.Array:
     """A partial sum times a scalar."""
-    return gradient * reshard(scale, PartitionSpec(reduced=jax.typeof(gradient).sharding.spec.unreduced))
+    return gradient * reshard(
+        scale, PartitionSpec(reduced=jax.typeof(gradient).sharding.spec.unreduced)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Array:
     """All-gathers a weight over `fsdp`, in the dtype of the computation.
 
-    The cast comes first, so the bytes on the wire are those of `dtype`. Forward: one all-gather over `fsdp`, repeated
-    in the backward pass, for its result is not kept. Backward: the gradient is reduce-scattered over `fsdp` in
-    `sum_dtype`. A weight that is not sharded over `fsdp` is only cast.
+    The cast comes first, so the bytes on the wire are those of `dtype`. Forward: one all-gather
+    over `fsdp`, repeated in the backward pass, for its result is not kept. Backward: the gradient
+    is reduce-scattered over `fsdp` in `sum_dtype`. A weight that is not sharded over `fsdp` is only
+    cast.
 
     Args:
       weight: stored or entered, any rank, sharded over `fsdp` on at most one dimension.
@@ -92,14 +99,19 @@ def gather(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Arr
     spec = jax.typeof(weight).sharding.spec
     entries = [_without(entry, {"fsdp"}) for entry in spec.partitions]
     reduced = spec.reduced | {"fsdp"} if spec.reduced else spec.reduced
-    # A weight that is already of this dtype is said to lie as it lies: else XLA of jax 0.12 takes the gathered layout
-    # for that of the loop's constants, and gathers embedding and head before the loop over microbatches, for all of it.
+    # A weight that is already of this dtype is said to lie as it lies: else XLA of jax 0.12 takes
+    # the gathered layout for that of the loop's constants, and gathers embedding and head before
+    # the loop over microbatches, for all of it.
     here = reshard(weight.astype(dtype), spec)
     return reshard(here, PartitionSpec(*entries, reduced=reduced))
 
 
-def _gather_forward(weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    return gather(weight, dtype, sum_dtype), weight  # of which the backward pass takes only the type
+def _gather_forward(
+    weight: jax.Array, dtype: jnp.dtype, sum_dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    return gather(
+        weight, dtype, sum_dtype
+    ), weight  # of which the backward pass takes only the type
 
 
 def _gather_backward(
@@ -113,7 +125,8 @@ gather.defvjp(_gather_forward, _gather_backward)
 
 
 def scatter(gradient: jax.Array, weight: jax.Array, sum_dtype: jnp.dtype) -> jax.Array:
-    """Reduce-scatters the gradient of a gathered weight over `fsdp` in `sum_dtype`: the transpose of `gather`.
+    """Reduce-scatters the gradient of a gathered weight over `fsdp` in `sum_dtype`: the transpose
+    of `gather`.
 
     Args:
       gradient: of `gather(weight, ...)`.
@@ -121,7 +134,8 @@ def scatter(gradient: jax.Array, weight: jax.Array, sum_dtype: jnp.dtype) -> jax
       sum_dtype: dtype in which gradients are summed over devices.
 
     Returns:
-      The gradient in the layout and dtype of `weight`, still a partial sum over the axes it was entered with.
+      The gradient in the layout and dtype of `weight`, still a partial sum over the axes it was
+      entered with.
     """
     spec = jax.typeof(weight).sharding.spec
     scattered = PartitionSpec(*spec.partitions, unreduced=spec.reduced)
@@ -130,7 +144,8 @@ def scatter(gradient: jax.Array, weight: jax.Array, sum_dtype: jnp.dtype) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_block(weight: jax.Array, dim: int, dtype: jnp.dtype, sum_dtype: jnp.dtype) -> jax.Array:
-    """`gather` inside a full-manual region, where types do not say which dimension `fsdp` shards: it is `dim`."""
+    """`gather` inside a full-manual region, where types do not say which dimension `fsdp` shards:
+    it is `dim`."""
     return jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=dim, tiled=True)
 
 
@@ -140,7 +155,9 @@ def _gather_block_forward(weight, dim, dtype, sum_dtype):
 
 def _gather_block_backward(dim, dtype, sum_dtype, like, gradient):
     del dtype
-    scattered = jax.lax.psum_scatter(gradient.astype(sum_dtype), "fsdp", scatter_dimension=dim, tiled=True)
+    scattered = jax.lax.psum_scatter(
+        gradient.astype(sum_dtype), "fsdp", scatter_dimension=dim, tiled=True
+    )
     return (scattered.astype(like.dtype),)
 
 
@@ -154,9 +171,12 @@ def fsdp_dim(weight: jax.Array) -> int | None:
 
 
 def open_spec(weight: jax.Array) -> PartitionSpec:
-    """The type of a gradient of an entered weight that is a partial sum over every axis that does not shard it."""
+    """The type of a gradient of an entered weight that is a partial sum over every axis that does
+    not shard it."""
     entries = jax.typeof(weight).sharding.spec.partitions
-    return PartitionSpec(*entries, unreduced=set(jax.sharding.get_abstract_mesh().axis_names) - _axes(entries))
+    return PartitionSpec(
+        *entries, unreduced=set(jax.sharding.get_abstract_mesh().axis_names) - _axes(entries)
+    )
 
 
 Entry = str | tuple[str, ...] | None

@@ -1,7 +1,8 @@
-"""Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their links, bubble.
+"""Seconds a step takes, by arithmetic: matmuls, attention, memory traffic, collectives over their
+links, bubble.
 
-What is reached of the peaks is in `hardware.Rates`, which `scripts/calibrate.py` measures. None was measured with
-jaxpar on a GPU yet; the constants here are assumptions.
+What is reached of the peaks is in `hardware.Rates`, which `scripts/calibrate.py` measures. None was
+measured with jaxpar on a GPU yet; the constants here are assumptions.
 """
 
 import dataclasses
@@ -9,13 +10,14 @@ import functools
 import math
 
 from jaxpar.config import AXES, Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
-from jaxpar.hardware import Hardware
-from jaxpar.timetable import turns
-from jaxpar.traffic import Transfer, transfers
+from jaxpar.estimate.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
+from jaxpar.estimate.hardware import Hardware
+from jaxpar.estimate.traffic import Transfer, transfers
+from jaxpar.parallel.timetable import turns
 
 HIDDEN = 0.90
-"""Of the computation beside which collectives can run that nothing waits for; they slow it down a little."""
+"""Of the computation beside which collectives can run that nothing waits for; they slow it down a
+little."""
 
 LATENCY = 10e-6
 """Seconds that a collective takes however small it is."""
@@ -28,7 +30,8 @@ _ROUNDS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. `exposed` is by axes, what the computation waits for; `hidden` runs beside it."""
+    """Seconds of one step. `exposed` is by axes, what the computation waits for; `hidden` runs
+    beside it."""
 
     matmul: float
     attention: float
@@ -56,7 +59,11 @@ def step_time(config: Config, mesh: MeshConfig, hardware: Hardware) -> StepTime:
     """
     matmul, attention, memory = _compute(config, mesh, hardware)
     # Idle stages compute something and drop it; what they send is among the transfers.
-    bubble = (matmul + attention) * (mesh.pipeline - 1) / (config.parallel.chunks * config.train.microbatches)
+    bubble = (
+        (matmul + attention)
+        * (mesh.pipeline - 1)
+        / (config.parallel.chunks * config.train.microbatches)
+    )
     found = transfers(config, mesh)
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
@@ -88,7 +95,11 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     shards = mesh.tensor * mesh.pipeline
     rates = hardware.rates
     matmul = sum(
-        tokens * operations * (1 + rates.matmul_half / narrow) / shards / (rates.matmul_share * peak)
+        tokens
+        * operations
+        * (1 + rates.matmul_half / narrow)
+        / shards
+        / (rates.matmul_share * peak)
         for operations, narrow in _matmuls(config, mesh, tokens / train.microbatches)
     )
     again = recomputed(config, mesh.pipeline).get("attention", 0)
@@ -97,21 +108,38 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     item = ITEMSIZE[config.precision.compute]
     whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
     # Read and written by norms, rotation, SwiGLU and residual, forward and twice as much backward.
-    moved = 3 * item * (10 * whole + (4 * model.ffn_dim + 4 * model.heads * model.head_dim) / mesh.tensor)
+    moved = (
+        3
+        * item
+        * (10 * whole + (4 * model.ffn_dim + 4 * model.heads * model.head_dim) / mesh.tensor)
+    )
     elementwise = tokens * moved * model.layers / mesh.pipeline / bandwidth
     zero = mesh.data if config.parallel.optimizer_sharding == "data" else 1
     stored = parameter_count(model) / (shards * mesh.fsdp * zero)
-    update = 28 * stored / bandwidth  # AdamW: gradient, parameter and two moments, the last three read and written
+    update = (
+        28 * stored / bandwidth
+    )  # AdamW: gradient, parameter and two moments, the last three read and written
     return matmul, attention, elementwise + update
 
 
 def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
-    """Operations a token of all devices together, recomputation included, and the narrowest side on one device."""
+    """Operations a token of all devices together, recomputation included, and the narrowest side on
+    one device."""
     model, shapes = config.model, parameter_shapes(config.model)
-    again, parallel, M = recomputed(config, mesh.pipeline), config.parallel, config.train.microbatches
-    losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish if mesh.pipeline > 1 else M
+    again, parallel, M = (
+        recomputed(config, mesh.pipeline),
+        config.parallel,
+        config.train.microbatches,
+    )
+    losses = (
+        turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish
+        if mesh.pipeline > 1
+        else M
+    )
     head = 6 * model.dim * model.vocab_size * losses / M
-    found: list[tuple[float, float]] = [(head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))]
+    found: list[tuple[float, float]] = [
+        (head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))
+    ]
     for name, label in LABELS.items():
         operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
         across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
@@ -132,14 +160,19 @@ LABELS = {
 
 
 def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
-    """Operations a token, of all layers, that the backward pass does again: by the name of the matmul's result, and
-    `attention` (its causal half). A pipeline stage starts from its stored input, so it does everything once more."""
+    """Operations a token, of all layers, that the backward pass does again: by the name of the
+    matmul's result, and `attention` (its causal half). A pipeline stage starts from its stored
+    input, so it does everything once more."""
     model, kept = config.model, config.memory.kept + config.memory.offloaded
     shapes = parameter_shapes(model)
     costs = {label: 2 * math.prod(shapes[f"layers.{name}"]) for name, label in LABELS.items()}
-    costs["attention"] = 2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
+    costs["attention"] = (
+        2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
+    )
     again = {name: cost for name, cost in costs.items() if name not in kept and name != "down"}
-    return {name: cost + again.get(name, 0) for name, cost in costs.items()} if stages > 1 else again
+    return (
+        {name: cost + again.get(name, 0) for name, cost in costs.items()} if stages > 1 else again
+    )
 
 
 def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
@@ -150,7 +183,8 @@ def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
 
 @functools.cache
 def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
-    """How many members of a device's group over `axes` sit in its domain of fast links, inner axes first."""
+    """How many members of a device's group over `axes` sit in its domain of fast links, inner axes
+    first."""
     near, stride = 1, 1
     for axis in reversed(AXES):
         size = getattr(mesh, axis)
@@ -160,11 +194,14 @@ def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
     return near
 
 
-def collective_seconds(kind: str, size: float, devices: int, near: int, hardware: Hardware) -> float:
+def collective_seconds(
+    kind: str, size: float, devices: int, near: int, hardware: Hardware
+) -> float:
     """Time of one collective at the speed of the links it crosses.
 
-    A ring of n devices sends (n-1)/n of the whole, an all-reduce twice that, a permute all of it. Over the fast links
-    it runs at their speed; where it leaves them, at the speed of the network cards of all members that sit together.
+    A ring of n devices sends (n-1)/n of the whole, an all-reduce twice that, a permute all of it.
+    Over the fast links it runs at their speed; where it leaves them, at the speed of the network
+    cards of all members that sit together.
 
     Args:
       kind: as in HLO.
@@ -176,4 +213,8 @@ def collective_seconds(kind: str, size: float, devices: int, near: int, hardware
     bandwidth = hardware.link if near >= devices else min(hardware.link, hardware.network * near)
     share = 1.0 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1) / devices
     steps = 1 if kind == "collective-permute" else _ROUNDS[kind] * (devices - 1)
-    return LATENCY + steps * HOP[near >= devices] + share * size / (hardware.rates.link_share * bandwidth)
+    return (
+        LATENCY
+        + steps * HOP[near >= devices]
+        + share * size / (hardware.rates.link_share * bandwidth)
+    )

@@ -1,23 +1,25 @@
-"""What a device sends in a step, counted: every collective by axis, dtype and bytes. Needs no device.
+"""What a device sends in a step, counted: every collective by axis, dtype and bytes. Needs no
+device.
 
-The arithmetic of what the step does; `tests/test_traffic.py` holds it against compiled steps. Sizes are as in `hlo`: of
-the whole, which is the result of a gather and the input of a scatter. Sums of a few numbers (the loss, the norm) are
-left out.
+The arithmetic of what the step does; `tests/test_traffic.py` holds it against compiled steps. Sizes
+are as in `hlo`: of the whole, which is the result of a gather and the input of a scatter. Sums of a
+few numbers (the loss, the norm) are left out.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
 from jaxpar.config import Config, MeshConfig
-from jaxpar.counts import ITEMSIZE, layer_elements, matrix_sizes, parameter_count
-from jaxpar.timetable import turns
+from jaxpar.estimate.counts import ITEMSIZE, layer_elements, matrix_sizes, parameter_count
+from jaxpar.parallel.timetable import turns
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """`count` collectives of `size` bytes over `axes` in a step. `hidden`: it has nothing to wait for, and so runs
-    beside the computation of a layer; the rest is waited for. `listed`: as the compiled program has them, if that is
-    another number: some of a pipeline's stand in a branch, which counts as taken in every tick."""
+    """`count` collectives of `size` bytes over `axes` in a step. `hidden`: it has nothing to wait
+    for, and so runs beside the computation of a layer; the rest is waited for. `listed`: as the
+    compiled program has them, if that is another number: some of a pipeline's stand in a branch,
+    which counts as taken in every tick."""
 
     kind: str
     axes: tuple[str, ...]
@@ -36,7 +38,8 @@ def transfers(config: Config, mesh: MeshConfig) -> list[Transfer]:
 
 
 def by_axes(found: list[Transfer], *, listed: bool = False) -> dict[str, float]:
-    """Bytes by axes, as `fsdp` or `data+sequence`: as sent, or as the compiled program lists them."""
+    """Bytes by axes, as `fsdp` or `data+sequence`: as sent, or as the compiled program lists
+    them."""
     sums: dict[str, float] = {}
     for transfer in found:
         name = "+".join(transfer.axes)
@@ -47,9 +50,10 @@ def by_axes(found: list[Transfer], *, listed: bool = False) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Turns:
-    """How often a device runs what, in a step. `layers`: a layer and its backward pass; `forwards`: forward passes of
-    each but the one that remat asks for (a pipeline's backward pass starts from the input of a chunk); `ends`:
-    embedding, head with loss, gradient of the embedding, and the three as the program lists them."""
+    """How often a device runs what, in a step. `layers`: a layer and its backward pass; `forwards`:
+    forward passes of each but the one that remat asks for (a pipeline's backward pass starts from
+    the input of a chunk); `ends`: embedding, head with loss, gradient of the embedding, and the
+    three as the program lists them."""
 
     layers: int
     forwards: int
@@ -84,10 +88,16 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
         yield Transfer("reduce-scatter", fsdp, summed * (layers + ends), 1)
     else:
         (enter, finish, leave), listed, runs = turns.ends, turns.listed, turns.layers
-        yield Transfer("all-gather", fsdp, compute * layer, (1 + turns.forwards) * runs, hidden=True)
+        yield Transfer(
+            "all-gather", fsdp, compute * layer, (1 + turns.forwards) * runs, hidden=True
+        )
         yield Transfer("reduce-scatter", fsdp, summed * layer, runs, hidden=True)
-        yield Transfer("all-gather", fsdp, compute * embedding, enter + finish, True, listed[0] + listed[1])
-        yield Transfer("reduce-scatter", fsdp, summed * embedding, leave + finish, True, listed[2] + listed[1])
+        yield Transfer(
+            "all-gather", fsdp, compute * embedding, enter + finish, True, listed[0] + listed[1]
+        )
+        yield Transfer(
+            "reduce-scatter", fsdp, summed * embedding, leave + finish, True, listed[2] + listed[1]
+        )
     left = summed * (layers + ends) / mesh.fsdp
     if zero:
         yield Transfer("reduce-scatter", ("data",), left, 1)
@@ -111,9 +121,18 @@ def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Tr
     if vocabulary := tuple(axis for axis in ("pipeline", "tensor") if getattr(mesh, axis) > 1):
         chunk = min(config.loss.chunk, tokens // mesh.sequence)
         chunks = -(-tokens // mesh.sequence // chunk)
-        for numbers in (1, 2):  # of a token, in float32: the largest logit; the sum, and the target's
+        for numbers in (
+            1,
+            2,
+        ):  # of a token, in float32: the largest logit; the sum, and the target's
             size = 4 * numbers * chunk
-            yield Transfer("all-reduce", vocabulary, size, chunks * turns.ends[1], listed=chunks * turns.listed[1])
+            yield Transfer(
+                "all-reduce",
+                vocabulary,
+                size,
+                chunks * turns.ends[1],
+                listed=chunks * turns.listed[1],
+            )
     if mesh.tensor > 1:
         yield from _tensor(config, residual, turns, kept, pipelined=mesh.pipeline > 1)
     if mesh.sequence > 1:
@@ -123,8 +142,8 @@ def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Tr
 def _tensor(
     config: Config, residual: float, turns: _Turns, kept: tuple[str, ...], *, pipelined: bool
 ) -> Iterator[Transfer]:
-    """Two halves of a layer, each there and back; the head's input and its gradient, the embedding's rows and
-    theirs."""
+    """Two halves of a layer, each there and back; the head's input and its gradient, the
+    embedding's rows and theirs."""
     axes, runs, (enter, finish, leave), listed = ("tensor",), turns.layers, turns.ends, turns.listed
     there = 2 * turns.forwards
     out = there + 2 + ("attention_output" not in kept)
@@ -133,7 +152,9 @@ def _tensor(
         yield Transfer("all-gather", axes, residual, (there + 2 + again) * runs)
         yield Transfer("reduce-scatter", axes, residual, out * runs)
         yield Transfer("all-gather", axes, residual, finish + leave, listed=listed[1] + listed[2])
-        yield Transfer("reduce-scatter", axes, residual, finish + enter, listed=listed[1] + listed[0])
+        yield Transfer(
+            "reduce-scatter", axes, residual, finish + enter, listed=listed[1] + listed[0]
+        )
     else:
         yield Transfer("all-reduce", axes, residual, out * runs)
         if not pipelined:  # else over both axes at once, see there
@@ -141,7 +162,8 @@ def _tensor(
 
 
 def _context(config: Config, mesh: MeshConfig, tokens: float, turns: _Turns) -> Iterator[Transfer]:
-    """Context parallelism; `tokens` is bytes of one number for every token of the whole sequence."""
+    """Context parallelism; `tokens` is bytes of one number for every token of the whole
+    sequence."""
     model, axes, n = config.model, ("sequence",), mesh.sequence
     kept = config.memory.kept + config.memory.offloaded
     keys = tokens * model.kv_heads * model.head_dim / mesh.tensor
@@ -151,29 +173,43 @@ def _context(config: Config, mesh: MeshConfig, tokens: float, turns: _Turns) -> 
         yield Transfer("all-gather", axes, keys, (4 + 2 * more) * runs)
         yield Transfer("reduce-scatter", axes, keys, 2 * runs)
     elif config.parallel.context == "ring":
-        # Keys and values go round but for the last hop, their gradients all the way. Of two devices, the one hop that
-        # is recomputed is that of the backward pass.
+        # Keys and values go round but for the last hop, their gradients all the way. Of two
+        # devices, the one hop that is recomputed is that of the backward pass.
         rounds = (2 if again and n > 2 else 1) + more
-        yield Transfer("collective-permute", axes, 2 * keys / n, (rounds * (n - 1) + 2 * n - 1) * runs, hidden=True)
+        yield Transfer(
+            "collective-permute",
+            axes,
+            2 * keys / n,
+            (rounds * (n - 1) + 2 * n - 1) * runs,
+            hidden=True,
+        )
     else:
         yield Transfer("all-to-all", axes, queries / n, (4 + 2 * again + 2 * more) * runs)
         yield Transfer("all-to-all", axes, keys / n, (4 + 2 * again + 2 * more) * runs)
 
 
 def _pipeline(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:
-    """The residual of a microbatch, to the next stage and its gradient back, every tick; the last stage's output to all
-    stages, which share the head, and its gradient; and the rows of the embedding and theirs."""
+    """The residual of a microbatch, to the next stage and its gradient back, every tick; the last
+    stage's output to all stages, which share the head, and its gradient; and the rows of the
+    embedding and theirs."""
     model, train, parallel = config.model, config.train, config.parallel
     sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
     tokens = sequences * config.data.sequence_length / mesh.sequence
     split = mesh.tensor if parallel.sequence_parallel else 1
     residual = ITEMSIZE[config.precision.compute] * tokens * model.dim / split
     ticks = turns.layers * mesh.pipeline * parallel.chunks // model.layers
-    # The very last one forward is for nobody; two stages have a phase of one tick, where the compiler sees it.
+    # The very last one forward is for nobody; two stages have a phase of one tick, where the
+    # compiler sees it.
     shifts = 2 * ticks - (mesh.pipeline * parallel.chunks == 2 and parallel.schedule == "1f1b")
     yield Transfer("collective-permute", ("pipeline",), residual, shifts, hidden=True)
     (enter, finish, leave), listed = turns.ends, turns.listed
     times = 2 if parallel.schedule == "gpipe" else 1  # it computes every tick again
-    yield Transfer("all-reduce", ("pipeline",), residual, (times + 1) * finish, listed=(times + 1) * listed[1])
-    axes = ("pipeline",) if parallel.sequence_parallel or mesh.tensor == 1 else ("pipeline", "tensor")
-    yield Transfer("all-reduce", axes, residual, times * enter + leave, listed=times * listed[0] + listed[2])
+    yield Transfer(
+        "all-reduce", ("pipeline",), residual, (times + 1) * finish, listed=(times + 1) * listed[1]
+    )
+    axes = (
+        ("pipeline",) if parallel.sequence_parallel or mesh.tensor == 1 else ("pipeline", "tensor")
+    )
+    yield Transfer(
+        "all-reduce", axes, residual, times * enter + leave, listed=times * listed[0] + listed[2]
+    )

@@ -12,12 +12,14 @@ from jaxpar.config import ConfigError
 SEPARATOR = "<|endoftext|>"
 """A line that separates the documents of a .txt file."""
 
-STORIES = Path(__file__).parent / "assets" / "stories.txt"
+STORIES = Path(__file__).parents[1] / "assets" / "stories.txt"
 TINYSTORIES = "roneneldan/TinyStories"
 NAMED = ("stories", "tinystories", "synthetic")
 """Corpora that are known by their name."""
 
-OFFLINE = "data.source=stories (bundled), or the path of a local .txt, .jsonl, .parquet or .bin file"
+OFFLINE = (
+    "data.source=stories (bundled), or the path of a local .txt, .jsonl, .parquet or .bin file"
+)
 
 MANIFEST = "manifest.json"
 """What `jaxpar.prepare` writes beside token shards."""
@@ -28,8 +30,8 @@ BLOCK, BLOCKS = 1 << 16, 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Files to read in this order: all of them text, or all of them token shards. `validation`: the files of a source
-    that brings its own validation split."""
+    """Files to read in this order: all of them text, or all of them token shards. `validation`: the
+    files of a source that brings its own validation split."""
 
     name: str
     files: tuple[Path, ...]
@@ -41,48 +43,62 @@ class Source:
 
 
 def find_source(source: str, field: str = "data.source") -> Source:
-    """The files behind `stories`, `tinystories` (downloaded the first time), a path, a glob, or a folder of shards.
+    """The files behind `stories`, `tinystories` (downloaded the first time), a path, a glob, or a
+    folder of shards.
 
     Raises:
-      ConfigError: nothing is there, the files are empty or unreadable, their extension is unknown, or text and token
-        shards are mixed.
+      ConfigError: nothing is there, the files are empty or unreadable, their extension is unknown,
+        or text and token shards are mixed.
     """
     if source == "stories":
         return Source(source, (STORIES,))
     if source == "tinystories":
-        train, validation = (download(TINYSTORIES, f"TinyStories-{split}.txt", cache()) for split in ("train", "valid"))
+        train, validation = (
+            download(TINYSTORIES, f"TinyStories-{split}.txt", cache())
+            for split in ("train", "valid")
+        )
         return Source(source, (train,), (validation,))
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(path.glob("*.bin"))
         if not files:
             raise ConfigError(
-                f"{field}={source!r} is a folder without token shards (*.bin); name text files with a glob such as "
-                f"{field}='{source.rstrip('/')}/*.txt', or make shards with python -m jaxpar.prepare"
+                f"{field}={source!r} is a folder without token shards (*.bin); name text files "
+                "with a glob such as "
+                f"{field}='{source.rstrip('/')}/*.txt', or make shards with python -m "
+                "jaxpar.prepare"
             )
         held = tuple(file for file in files if "val" in file.stem)
         found = Source(source, tuple(file for file in files if file not in held), held)
         if not found.files:
-            raise ConfigError(f"{field}={source!r} holds only validation shards (*val*.bin); add training shards to it")
+            raise ConfigError(
+                f"{field}={source!r} holds only validation shards (*val*.bin); add training shards "
+                "to it"
+            )
     elif path.exists() or not any(wildcard in source for wildcard in "*?["):
         found = Source(source, (path,))
     else:
         root = Path(path.anchor)
         found = Source(source, tuple(sorted(root.glob(str(path.relative_to(root))))))
         if not found.files:
-            raise ConfigError(f"{field}={source!r} matches no file; check the pattern, or use {OFFLINE}")
+            raise ConfigError(
+                f"{field}={source!r} matches no file; check the pattern, or use {OFFLINE}"
+            )
     for file in found.files + found.validation:
         _check_file(file, field)
     if len({file.suffix == ".bin" for file in found.files}) > 1:
-        raise ConfigError(f"{field}={source!r} mixes text and token shards; name one kind, such as '*.bin'")
+        raise ConfigError(
+            f"{field}={source!r} mixes text and token shards; name one kind, such as '*.bin'"
+        )
     return found
 
 
 def content_mark(source: str, field: str = "data.source") -> str | None:
-    """Tells a corpus from others, whatever path leads to it; None for those that go by a name, and for none.
+    """Tells a corpus from others, whatever path leads to it; None for those that go by a name, and
+    for none.
 
-    It is a sha256 of kind, size and content of the files in their order. Of more than 64 MiB the content is sampled,
-    evenly over every file.
+    It is a sha256 of kind, size and content of the files in their order. Of more than 64 MiB the
+    content is sampled, evenly over every file.
 
     Raises:
       ConfigError: as `find_source`.
@@ -117,9 +133,13 @@ def documents(files: Iterable[Path], text_field: str) -> Iterator[str]:
                 if text and not text.isspace():
                     yield text
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{file} is not UTF-8 text ({error.reason}); convert it, or leave it out") from error
+            raise ConfigError(
+                f"{file} is not UTF-8 text ({error.reason}); convert it, or leave it out"
+            ) from error
         except OSError as error:
-            raise ConfigError(f"{file} can't be read ({error.strerror or error}); check its permissions") from error
+            raise ConfigError(
+                f"{file} can't be read ({error.strerror or error}); check its permissions"
+            ) from error
 
 
 def batched(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
@@ -140,9 +160,13 @@ def _check_file(file: Path, field: str) -> None:
         known = ", ".join([*READERS, ".bin"])
         what = f"has the unknown extension {file.suffix!r}" if file.suffix else "has no extension"
         missing = "" if file.exists() else " and does not exist"
-        raise ConfigError(f"{field}: {file} {what}{missing}; known: {known}, or stories, tinystories, synthetic")
+        raise ConfigError(
+            f"{field}: {file} {what}{missing}; known: {known}, or stories, tinystories, synthetic"
+        )
     if not file.exists():
-        raise ConfigError(f"{field}: {file} does not exist (working directory: {Path.cwd()}); use {OFFLINE}")
+        raise ConfigError(
+            f"{field}: {file} does not exist (working directory: {Path.cwd()}); use {OFFLINE}"
+        )
     if not file.is_file() or not os.access(file, os.R_OK):
         raise ConfigError(f"{field}: {file} is not a readable file; check its type and permissions")
     if not file.stat().st_size:
@@ -153,7 +177,9 @@ def _text_lines(file: Path) -> Iterator[tuple[int, str]]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if "\0" in line:
-                raise ConfigError(f"{file}:{number}: a NUL byte: this is a binary file, not text; leave it out")
+                raise ConfigError(
+                    f"{file}:{number}: a NUL byte: this is a binary file, not text; leave it out"
+                )
             yield number, line
 
 
@@ -175,14 +201,28 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{file}:{number}: not JSON ({error}); .jsonl holds one JSON object a line") from error
+            raise ConfigError(
+                f"{file}:{number}: not JSON ({error}); .jsonl holds one JSON object a line"
+            ) from error
         if not isinstance(record, dict):
-            raise ConfigError(f"{file}:{number}: a JSON {type(record).__name__}; .jsonl holds one JSON object a line")
+            raise ConfigError(
+                f"{file}:{number}: a JSON {type(record).__name__}; .jsonl holds one JSON object a "
+                "line"
+            )
         text = record.get(text_field)
         if not isinstance(text, str):
-            what = f"field {text_field!r} is not a string" if text_field in record else f"no field {text_field!r}"
-            fields = ", ".join(name for name, value in record.items() if isinstance(value, str)) or "none"
-            raise ConfigError(f"{file}:{number}: {what}; set data.text_field to one of its text fields: {fields}")
+            what = (
+                f"field {text_field!r} is not a string"
+                if text_field in record
+                else f"no field {text_field!r}"
+            )
+            fields = (
+                ", ".join(name for name, value in record.items() if isinstance(value, str))
+                or "none"
+            )
+            raise ConfigError(
+                f"{file}:{number}: {what}; set data.text_field to one of its text fields: {fields}"
+            )
         yield text
 
 
@@ -191,13 +231,18 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ConfigError(f"{file} needs the package pyarrow, which is not installed: pip install pyarrow") from error
+        raise ConfigError(
+            f"{file} needs the package pyarrow, which is not installed: pip install pyarrow"
+        ) from error
     try:
         with parquet.ParquetFile(file) as table:
             texts = [column.name for column in table.schema_arrow if _is_text(column.type)]
             if text_field not in texts:
                 known = ", ".join(texts) or "none"
-                raise ConfigError(f"{file} has no text column {text_field!r}; set data.text_field to one of: {known}")
+                raise ConfigError(
+                    f"{file} has no text column {text_field!r}; set data.text_field to one of: "
+                    f"{known}"
+                )
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except arrow.ArrowException as error:
@@ -224,14 +269,15 @@ def cache() -> Path:
 
 
 def download(repository: str, name: str, folder: Path, *, endpoint: str | None = None) -> Path:
-    """Fetches a file of a Hugging Face data set once: resumes a broken transfer and checks its sha256 before the file
-    gets its name. From then on no network is used.
+    """Fetches a file of a Hugging Face data set once: resumes a broken transfer and checks its
+    sha256 before the file gets its name. From then on no network is used.
 
     Args:
       endpoint: the server, by default `$HF_ENDPOINT` or https://huggingface.co.
 
     Raises:
-      ConfigError: the server can't be reached, or what it sent has another sha256 than it announced.
+      ConfigError: the server can't be reached, or what it sent has another sha256 than it
+        announced.
     """
     path = folder / name
     if path.is_file():
@@ -241,7 +287,8 @@ def download(repository: str, name: str, folder: Path, *, endpoint: str | None =
     from huggingface_hub.utils import WeakFileLock
 
     try:
-        # hf_hub_download would retry for minutes where there is no network, and start again after an interruption.
+        # hf_hub_download would retry for minutes where there is no network, and start again after
+        # an interruption.
         url = hub.hf_hub_url(repository, name, repo_type="dataset", endpoint=endpoint)
         remote = hub.get_hf_file_metadata(url, timeout=10)
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,11 +296,18 @@ def download(repository: str, name: str, folder: Path, *, endpoint: str | None =
             partial = folder / f"{name}.{remote.etag}.partial"
             if not path.is_file():
                 with partial.open("ab") as content:
-                    http_get(remote.location, content, resume_size=content.tell(), expected_size=remote.size)
+                    http_get(
+                        remote.location,
+                        content,
+                        resume_size=content.tell(),
+                        expected_size=remote.size,
+                    )
                 _accept(partial, path, remote.etag)
     except ConfigError:
         raise
-    except Exception as error:  # which HTTP library raises what depends on the version of huggingface_hub
+    except (
+        Exception
+    ) as error:  # which HTTP library raises what depends on the version of huggingface_hub
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         message = f"{name} of {repository} can't be downloaded ({reason}); without a network use {OFFLINE}"
         raise ConfigError(message) from error
@@ -265,5 +319,7 @@ def _accept(partial: Path, path: Path, announced: str | None) -> None:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != announced:
         partial.unlink()
-        raise ConfigError(f"{path.name} arrived with sha256 {found}, but {announced} was announced; run again")
+        raise ConfigError(
+            f"{path.name} arrived with sha256 {found}, but {announced} was announced; run again"
+        )
     partial.replace(path)

@@ -1,7 +1,7 @@
 """Token shards: files of token ids, memory-mapped, laid end to end as one stream.
 
-Three layouts are read: raw uint16 or uint32 (nanoGPT, and what `jaxpar.prepare` writes, with a `manifest.json` beside),
-and the two of llm.c with their header of 256 int32.
+Three layouts are read: raw uint16 or uint32 (nanoGPT, and what `jaxpar.prepare` writes, with a
+`manifest.json` beside), and the two of llm.c with their header of 256 int32.
 """
 
 import bisect
@@ -17,20 +17,22 @@ from typing import Any
 import numpy as np
 
 from jaxpar.config import ConfigError
-from jaxpar.sources import MANIFEST
-from jaxpar.tokenizer import Tokenizer, fingerprint
+from jaxpar.data.sources import MANIFEST
+from jaxpar.data.tokenizer import Tokenizer, fingerprint
 
 HEADER_BYTES = 256 * 4
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 """Magic number of llm.c -> version, dtype."""
 
 SCAN_TOKENS = 100_000_000
-"""Ids looked at when a stream without a manifest is opened; the rest is checked window by window."""
+"""Ids looked at when a stream without a manifest is opened; the rest is checked window by
+window."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """`length` ids of `dtype` from byte `offset` of a file. `modified` (ns) tells a file from the one it replaced."""
+    """`length` ids of `dtype` from byte `offset` of a file. `modified` (ns) tells a file from the
+    one it replaced."""
 
     path: Path
     dtype: str
@@ -43,7 +45,8 @@ class Shard:
 
 
 class Stream:
-    """Token ids laid end to end over arrays in memory and shards on disk. A read copies only what it asks for.
+    """Token ids laid end to end over arrays in memory and shards on disk. A read copies only what
+    it asks for.
 
     `documents` is their number, or None where nobody counted.
     """
@@ -84,7 +87,10 @@ class Stream:
 
     def chunks(self, limit: int | None = None, size: int = 1 << 22) -> Iterator[np.ndarray]:
         """The first `limit` tokens in views of at most `size`, each within one part."""
-        at, stop = self._start, self._stop if limit is None else min(self._stop, self._start + limit)
+        at, stop = (
+            self._start,
+            self._stop if limit is None else min(self._stop, self._start + limit),
+        )
         while at < stop:
             index = bisect.bisect_right(self._ends, at)
             part = _array(self._parts[index])
@@ -94,15 +100,18 @@ class Stream:
             at += len(piece)
 
 
-def open_shards(files: Sequence[Path], *, dtype: str, tokenizer: Tokenizer, vocab_size: int) -> Stream:
-    """The stream of token shards, in the order of `files`. Reads headers and a bounded sample of the ids.
+def open_shards(
+    files: Sequence[Path], *, dtype: str, tokenizer: Tokenizer, vocab_size: int
+) -> Stream:
+    """The stream of token shards, in the order of `files`. Reads headers and a bounded sample of
+    the ids.
 
     Args:
       dtype: of raw files without a manifest: `uint16`, `uint32`, or `auto` (uint16).
 
     Raises:
-      ConfigError: a shard that is cut short, of an unknown version, made with another tokenizer, or with ids beyond
-        `vocab_size`; a folder that `jaxpar.prepare` has not finished.
+      ConfigError: a shard that is cut short, of an unknown version, made with another tokenizer, or
+        with ids beyond `vocab_size`; a folder that `jaxpar.prepare` has not finished.
     """
     manifests = {folder: read_manifest(folder) for folder in {file.parent for file in files}}
     for folder, manifest in manifests.items():
@@ -111,11 +120,14 @@ def open_shards(files: Sequence[Path], *, dtype: str, tokenizer: Tokenizer, voca
     budget = SCAN_TOKENS // len(files)
     for file in files:
         manifest = manifests[file.parent]
-        record = next((shard for shard in manifest.get("shards", ()) if shard["file"] == file.name), {})
+        record = next(
+            (shard for shard in manifest.get("shards", ()) if shard["file"] == file.name), {}
+        )
         shard = _open_shard(file, manifest.get("dtype", dtype))
         if record.get("tokens", len(shard)) != len(shard):
             raise ConfigError(
-                f"{file} holds {len(shard):,} tokens, but its {MANIFEST} says {record['tokens']:,}; run "
+                f"{file} holds {len(shard):,} tokens, but its {MANIFEST} says "
+                f"{record['tokens']:,}; run "
                 "python -m jaxpar.prepare again to another folder"
             )
         shards.append(shard)
@@ -128,14 +140,17 @@ def open_shards(files: Sequence[Path], *, dtype: str, tokenizer: Tokenizer, voca
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `jaxpar.prepare` wrote about the shards of a folder; empty where it did not write them."""
+    """What `jaxpar.prepare` wrote about the shards of a folder; empty where it did not write
+    them."""
     path = folder / MANIFEST
     if not path.is_file():
         return {}
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}; delete it to read the shards as raw ids") from error
+        raise ConfigError(
+            f"{path} is not JSON: {error}; delete it to read the shards as raw ids"
+        ) from error
     return manifest if isinstance(manifest, dict) else {}
 
 
@@ -143,13 +158,16 @@ def check_ids(largest: int, vocab_size: int, where: str) -> None:
     """Raises ConfigError if `largest` is not an id of the model."""
     if largest >= vocab_size:
         raise ConfigError(
-            f"{where}: token id {largest} is beyond model.vocab_size={vocab_size}; use model.vocab_size of at least "
-            f"{legal_sizes(largest + 1)}; if the ids look random, the shards have another data.shard_dtype"
+            f"{where}: token id {largest} is beyond model.vocab_size={vocab_size}; use "
+            "model.vocab_size of at least "
+            f"{legal_sizes(largest + 1)}; if the ids look random, the shards have another "
+            "data.shard_dtype"
         )
 
 
 def legal_sizes(smallest: int) -> str:
-    """`50257 (or 50304, a multiple of 64 and 128)`: vocabulary sizes that hold `smallest` ids and that chips like."""
+    """`50257 (or 50304, a multiple of 64 and 128)`: vocabulary sizes that hold `smallest` ids and
+    that chips like."""
     by_64, by_128 = (math.ceil(smallest / n) * n for n in (64, 128))
     if smallest == by_128:
         return str(smallest)
@@ -160,11 +178,15 @@ def legal_sizes(smallest: int) -> str:
 
 def _check_manifest(folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
     if not manifest.get("complete", True):
-        raise ConfigError(f"{folder} was not finished by jaxpar.prepare; run the same prepare command again to go on")
+        raise ConfigError(
+            f"{folder} was not finished by jaxpar.prepare; run the same prepare command again to "
+            "go on"
+        )
     made_with = manifest.get("tokenizer_fingerprint")
     if made_with is not None and made_with != fingerprint(tokenizer):
         raise ConfigError(
-            f"{folder} was prepared with data.tokenizer={manifest['tokenizer']!r}, which encodes otherwise than "
+            f"{folder} was prepared with data.tokenizer={manifest['tokenizer']!r}, which encodes "
+            "otherwise than "
             f"data.tokenizer={tokenizer.name!r}; set data.tokenizer={manifest['tokenizer']!r}"
         )
 
@@ -177,14 +199,22 @@ def _open_shard(file: Path, dtype: str) -> Shard:
         if magic in LLMC:
             known, dtype = LLMC[magic]
             if version != known:
-                raise ConfigError(f"{file}: llm.c magic {magic} with version {version}; only version {known} is known")
+                raise ConfigError(
+                    f"{file}: llm.c magic {magic} with version {version}; only version {known} is "
+                    "known"
+                )
             offset, announced = HEADER_BYTES, tokens
     dtype = "uint16" if dtype == "auto" else dtype
     length, rest = divmod(size - offset, np.dtype(dtype).itemsize)
     if rest or (announced is not None and announced != length):
-        says = f"its header says {announced:,} tokens" if announced is not None else f"{dtype} ids have that many each"
+        says = (
+            f"its header says {announced:,} tokens"
+            if announced is not None
+            else f"{dtype} ids have that many each"
+        )
         raise ConfigError(
-            f"{file} has {size - offset:,} bytes of ids: cut short, or of another type ({says}); copy it again, or "
+            f"{file} has {size - offset:,} bytes of ids: cut short, or of another type ({says}); "
+            "copy it again, or "
             "set data.shard_dtype to uint16 or uint32"
         )
     return Shard(file, dtype, offset, length, status.st_mtime_ns)
@@ -194,10 +224,15 @@ def _array(part: np.ndarray | Shard) -> np.ndarray:
     return _mapped(part) if isinstance(part, Shard) else part
 
 
-# Bounded, for a map holds a file descriptor, and a corpus can have more shards than a process may open files.
+# Bounded, for a map holds a file descriptor, and a corpus can have more shards than a process may
+# open files.
 @functools.lru_cache(maxsize=256)
 def _mapped(shard: Shard) -> np.ndarray:
     if not shard.length:
         return np.zeros(0, shard.dtype)
-    mapped = np.memmap(shard.path, np.dtype(shard.dtype).newbyteorder("<"), "r", shard.offset, (shard.length,))
-    return np.asarray(mapped)  # the same memory as a plain array: a slice of np.memmap costs five times as much
+    mapped = np.memmap(
+        shard.path, np.dtype(shard.dtype).newbyteorder("<"), "r", shard.offset, (shard.length,)
+    )
+    return np.asarray(
+        mapped
+    )  # the same memory as a plain array: a slice of np.memmap costs five times as much

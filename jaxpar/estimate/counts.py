@@ -1,7 +1,7 @@
 """What a run is made of, counted: parameters, FLOPs, the batch. Needs no device.
 
-Dimensions: B batch, S sequence, D model dim, L layers, H query heads, G key-value heads, K head dim, F ffn dim,
-V vocabulary.
+Dimensions: B batch, S sequence, D model dim, L layers, H query heads, G key-value heads, K head
+dim, F ffn dim, V vocabulary.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> Mapping[str, Shape]:
-    """Every parameter by its name in checkpoints (without the leading `model.`); layers are stacked."""
+    """Every parameter by its name in checkpoints (without the leading `model.`); layers are
+    stacked."""
     V, D, L, H, F = model.vocab_size, model.dim, model.layers, model.heads, model.ffn_dim
     G = model.kv_heads or H
     K = model.head_dim or D // H
@@ -45,7 +46,9 @@ def parameter_shapes(model: ModelConfig) -> Mapping[str, Shape]:
 @functools.cache
 def matrix_sizes(model: ModelConfig) -> Mapping[str, int]:
     """Elements of every parameter that is multiplied; norm scales are left out."""
-    return {name: math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)}
+    return {
+        name: math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)
+    }
 
 
 @functools.cache
@@ -64,10 +67,12 @@ def parameter_count(model: ModelConfig) -> int:
 class Flops:
     """Floating-point operations of training, forward and backward (3 x forward).
 
-    What remat computes again is not counted: these are model FLOPs, the numerator of MFU (Chowdhery et al., 2022).
+    What remat computes again is not counted: these are model FLOPs, the numerator of MFU (Chowdhery
+    et al., 2022).
 
     Attributes:
-      matmul: per token, 6 for each weight that is multiplied: the head is, tied or not; the embedding gather is not.
+      matmul: per token, 6 for each weight that is multiplied: the head is, tied or not; the
+        embedding gather is not.
       attention: per token, QK and AV of a causal mask, half of the square.
       attention_square: per token, of the full square, as torchtitan and llm-foundry count.
       tokens: tokens of a step.
@@ -100,7 +105,11 @@ def step_flops(config: Config) -> Flops:
     """Model FLOPs of one optimizer step over the global batch."""
     model, S = config.model, config.data.sequence_length
     shapes = parameter_shapes(model)
-    layers = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers.") and is_matrix(name))
+    layers = sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith("layers.") and is_matrix(name)
+    )
     _, _, H, K = shapes["layers.attention.query"]
     square = 12 * model.layers * H * K * S  # 3 x (QK and AV) x 2 operations a multiply-add
     return Flops(
@@ -118,7 +127,8 @@ def is_matrix(name: str) -> bool:
 def describe_batch(config: Config, mesh: MeshConfig) -> str:
     """The arithmetic of the global batch, for people.
 
-    `global batch 32 sequences x 256 tokens = 8,192 tokens a step = 2 a device x 4 microbatches x data=2 x fsdp=2`
+    `global batch 32 sequences x 256 tokens = 8,192 tokens a step = 2 a device x 4 microbatches x
+    data=2 x fsdp=2`
     """
     train, length = config.train, config.data.sequence_length
     a_device = train.batch_size // (train.microbatches * mesh.batch_shards)
@@ -126,6 +136,7 @@ def describe_batch(config: Config, mesh: MeshConfig) -> str:
     factors = [f"{a_device} a device", f"{train.microbatches} microbatch{plural}"]
     factors += [f"{axis}={getattr(mesh, axis)}" for axis in BATCH_AXES if getattr(mesh, axis) > 1]
     return (
-        f"global batch {train.batch_size:,} sequences x {length:,} tokens = {train.batch_size * length:,} tokens "
+        f"global batch {train.batch_size:,} sequences x {length:,} tokens = "
+        f"{train.batch_size * length:,} tokens "
         f"a step = {' x '.join(factors)}"
     )

@@ -1,4 +1,5 @@
-"""Windows: sequences of S tokens read out of a stream, with what a model needs to keep their documents apart.
+"""Windows: sequences of S tokens read out of a stream, with what a model needs to keep their
+documents apart.
 
 N: windows   S: sequence length   T: S + 1
 """
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpar.shards import Stream, check_ids
+from jaxpar.data.shards import Stream, check_ids
 
 IGNORED = -1
 """A target that no loss counts: the token after a document's end, and padding."""
@@ -18,8 +19,9 @@ IGNORED = -1
 class Window(NamedTuple):
     """One sequence, or a stack of them; int32 [..., S].
 
-    `targets` is the next token of the same document, else -1. `positions` counts from 0 in each document. `segments` is
-    1 for the first document of the window, 2 for the next, and 0 for padding.
+    `targets` is the next token of the same document, else -1. `positions` counts from 0 in each
+    document. `segments` is 1 for the first document of the window, 2 for the next, and 0 for
+    padding.
     """
 
     tokens: np.ndarray
@@ -31,12 +33,15 @@ class Window(NamedTuple):
 class Windows:
     """Windows over a stream, by index. Safe to read from several threads.
 
-    With `packing`, window i covers tokens i*S .. i*S+S of the stream: the last token of one is the first of the next,
-    so that none is predicted twice and none is lost; only the last window is padded. Without it a window holds tokens
-    of one document: a long one is cut in the same way, the rest is padded, and building the table reads the stream.
+    With `packing`, window i covers tokens i*S .. i*S+S of the stream: the last token of one is the
+    first of the next, so that none is predicted twice and none is lost; only the last window is
+    padded. Without it a window holds tokens of one document: a long one is cut in the same way, the
+    rest is padded, and building the table reads the stream.
     """
 
-    def __init__(self, stream: Stream, *, sequence_length: int, eot: int, vocab_size: int, packing: bool) -> None:
+    def __init__(
+        self, stream: Stream, *, sequence_length: int, eot: int, vocab_size: int, packing: bool
+    ) -> None:
         self.stream = stream
         self.sequence_length = sequence_length
         self._eot = eot
@@ -57,11 +62,14 @@ class Windows:
         """Several windows at once; each field int32 [N, S].
 
         Raises:
-          ConfigError: a token id beyond the vocabulary, in a part of a shard that was not looked at when it was opened.
+          ConfigError: a token id beyond the vocabulary, in a part of a shard that was not looked at
+            when it was opened.
         """
         raw_NT = np.empty((len(indices), self.sequence_length + 1), np.int32)
         starts_N, stops_N = self._spans_of(np.asarray(indices, np.int64))
-        for row_T, start, length in zip(raw_NT, starts_N.tolist(), (stops_N - starts_N).tolist(), strict=True):
+        for row_T, start, length in zip(
+            raw_NT, starts_N.tolist(), (stops_N - starts_N).tolist(), strict=True
+        ):
             self.stream.read_into(row_T[:length], start)
             row_T[length:] = IGNORED
         check_ids(int(raw_NT.max(initial=0)), self._vocab_size, f"windows {list(indices)[:8]}")
@@ -78,7 +86,9 @@ class Windows:
 class SyntheticWindows(Windows):
     """Uniformly random ids, a function of (seed, index). No document ends."""
 
-    def __init__(self, *, count: int, first: int, sequence_length: int, vocab_size: int, seed: int) -> None:
+    def __init__(
+        self, *, count: int, first: int, sequence_length: int, vocab_size: int, seed: int
+    ) -> None:
         self.sequence_length = sequence_length
         self._count, self._first, self._vocab_size, self._seed = count, first, vocab_size, seed
 
@@ -101,10 +111,13 @@ def _fields(raw_NT: np.ndarray, eot: int) -> Window:
     begins_NS = np.ones_like(ends_NS)
     begins_NS[:, 1:] = ends_NS[:, :-1]
     segments_NS = np.cumsum(begins_NS, axis=1, dtype=np.int32)
-    # As one long row, of which every document of every row is a piece: no pass along a row is as fast.
+    # As one long row, of which every document of every row is a piece: no pass along a row is as
+    # fast.
     begins = np.flatnonzero(begins_NS).astype(np.int32)
     lengths = np.diff(begins, append=np.int32(begins_NS.size))
-    positions_NS = (np.arange(begins_NS.size, dtype=np.int32) - np.repeat(begins, lengths)).reshape(begins_NS.shape)
+    positions_NS = (np.arange(begins_NS.size, dtype=np.int32) - np.repeat(begins, lengths)).reshape(
+        begins_NS.shape
+    )
     padding_NS = tokens_NS < 0
     if padding_NS.any():
         for field_NS in (tokens_NS, positions_NS, segments_NS):
@@ -113,7 +126,8 @@ def _fields(raw_NT: np.ndarray, eot: int) -> Window:
 
 
 def _document_spans(stream: Stream, sequence_length: int, eot: int) -> np.ndarray:
-    """First and last+1 token of each window when a window holds one document; int64 [windows, 2]."""
+    """First and last+1 token of each window when a window holds one document; int64 [windows,
+    2]."""
     ends, at = [np.zeros(0, np.int64)], 0
     for chunk in stream.chunks():
         ends.append(np.flatnonzero(chunk == eot) + at + 1)
@@ -125,4 +139,6 @@ def _document_spans(stream: Stream, sequence_length: int, eot: int) -> np.ndarra
     counts = -(-(stops - starts - 1) // sequence_length)
     index_in_document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = np.repeat(starts, counts) + index_in_document * sequence_length
-    return np.stack([begin, np.minimum(begin + sequence_length + 1, np.repeat(stops, counts))], axis=1)
+    return np.stack(
+        [begin, np.minimum(begin + sequence_length + 1, np.repeat(stops, counts))], axis=1
+    )

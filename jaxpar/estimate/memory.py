@@ -1,19 +1,20 @@
-"""What a device holds, counted: state, activations, and the peak of a training step. Needs no device."""
+"""What a device holds, counted: state, activations, and the peak of a training step. Needs no
+device."""
 
 import dataclasses
 import functools
 import math
 
 from jaxpar.config import Config, MeshConfig, ModelConfig
-from jaxpar.counts import ITEMSIZE, Shape, is_matrix, layer_elements, parameter_shapes
+from jaxpar.estimate.counts import ITEMSIZE, Shape, is_matrix, layer_elements, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Bytes of a device when it holds the most. `gradients`: sums, and of entered weights those that are cast to them;
-    `activations`: kept for the backward pass; `vocabulary`: chunk of logits, head and embedding as gathered, and their
-    gradients; `weights`: as gathered; `stash`: inputs of pipeline stages that wait for their backward pass; `working`:
-    what the layer at work needs."""
+    """Bytes of a device when it holds the most. `gradients`: sums, and of entered weights those
+    that are cast to them; `activations`: kept for the backward pass; `vocabulary`: chunk of logits,
+    head and embedding as gathered, and their gradients; `weights`: as gathered; `stash`: inputs of
+    pipeline stages that wait for their backward pass; `working`: what the layer at work needs."""
 
     parameters: int
     optimizer: int
@@ -47,47 +48,65 @@ PART_NAMES = {
 }
 """The parts of memory, in words."""
 
-# What cannot be told from the program alone, but only from what XLA makes of it; found by comparing with compiled steps
-# (docs/predictions.md says how well).
+# What cannot be told from the program alone, but only from what XLA makes of it; found by comparing
+# with compiled steps (docs/predictions.md says how well).
 _LAYER = 2.2  # the gathered weights of a layer, times: most of them, and gradients in float32
 _LAYER_WHOLE = 1.0  # the same where nothing is gathered in the layer
 _WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
-_TWO_STAGES = 0.5  # of a stage's activations, twice, where its layers communicate: see `peak_memory`
+_TWO_STAGES = (
+    0.5  # of a stage's activations, twice, where its layers communicate: see `peak_memory`
+)
 _LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
 
 
 def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     """Predicted peak of one training step on a device, without the CUDA context and NCCL's buffers.
 
-    The largest of three moments: the loss, the layers' backward pass, and the gradient of the embedding.
+    The largest of three moments: the loss, the layers' backward pass, and the gradient of the
+    embedding.
 
     Args:
       config: the run.
       mesh: sizes of the axes.
     """
     state, train, model = state_bytes(config, mesh), config.train, config.model
-    sizes, chunks = activation_bytes(config, mesh), config.parallel.chunks if mesh.pipeline > 1 else 1
+    sizes, chunks = (
+        activation_bytes(config, mesh),
+        config.parallel.chunks if mesh.pipeline > 1 else 1,
+    )
     compute, shards = ITEMSIZE[config.precision.compute], mesh.tensor * mesh.pipeline
-    tokens = train.batch_size // (train.microbatches * mesh.batch_shards) * config.data.sequence_length // mesh.sequence
+    tokens = (
+        train.batch_size
+        // (train.microbatches * mesh.batch_shards)
+        * config.data.sequence_length
+        // mesh.sequence
+    )
     layers = layer_elements(model) // shards
     layer, ends = layers // (model.layers // mesh.pipeline), model.vocab_size * model.dim // shards
     gathered_once = config.parallel.gather == "per_step" and mesh.fsdp > 1
     zero = config.parallel.optimizer_sharding == "data" and mesh.data > 1
-    entered = compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp) if gathered_once or zero else 0
+    entered = (
+        compute * (layers + 2 * ends) // (1 if gathered_once else mesh.fsdp)
+        if gathered_once or zero
+        else 0
+    )
     gradients = _gradients(config, mesh, state["gradients"], entered)
     kept = sum(sizes[name] for name in config.memory.kept)
     if "attention" in config.memory.kept:
         kept += attention_residual_bytes(config, mesh)
     activations = model.layers // (mesh.pipeline * chunks) * kept
     if mesh.pipeline * chunks == 2 and (mesh.tensor > 1 or (mesh.fsdp > 1 and not gathered_once)):
-        # The phases of forward and of backward passes alone are one tick each, no loops, and XLA moves zeros and
-        # results of the others' loops out of them: about half of the stacks exist twice.
+        # The phases of forward and of backward passes alone are one tick each, no loops, and XLA
+        # moves zeros and results of the others' loops out of them: about half of the stacks exist
+        # twice.
         activations += int(_TWO_STAGES * activations)
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
         activations=activations,
-        vocabulary=compute * ends if mesh.pipeline > 1 else 0,  # the head's gradient waits to be added
+        vocabulary=compute * ends
+        if mesh.pipeline > 1
+        else 0,  # the head's gradient waits to be added
         weights=entered + int(in_layer * compute * layer),
         working=int(_WORKING * sum(sizes.values())),
     )
@@ -95,32 +114,40 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     loss = dict(
         gradients=gradients if train.microbatches > 1 else 0,
         activations=activations if in_flight else 0,
-        vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards + (compute + 4) * ends,
+        vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards
+        + (compute + 4) * ends,
         weights=entered,
         working=3 * residual,
     )
-    embedding = dict(gradients=gradients, vocabulary=(compute + 4) * ends, weights=entered, working=residual)
+    embedding = dict(
+        gradients=gradients, vocabulary=(compute + 4) * ends, weights=entered, working=residual
+    )
     worst = max(backward, loss, embedding, key=lambda moment: sum(moment.values()))
     return Peak(
         parameters=state["parameters"],
         optimizer=0 if config.memory.offload_optimizer else state["optimizer"],
         stash=_stash(config, mesh) * sizes["residual"],
-        batch=16 * train.batch_size * config.data.sequence_length // (mesh.batch_shards * mesh.sequence),
+        batch=16
+        * train.batch_size
+        * config.data.sequence_length
+        // (mesh.batch_shards * mesh.sequence),
         **{"activations": 0} | worst,
     )
 
 
 def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
-    """Bytes of gradients in the backward pass, where they are added up over microbatches into `sums` bytes. Several
-    microbatches, and a pipeline, add to the sums in place; what jax makes of GPipe does not. A single one has them in
-    the dtype of the entered weights before they are cast."""
+    """Bytes of gradients in the backward pass, where they are added up over microbatches into
+    `sums` bytes. Several microbatches, and a pipeline, add to the sums in place; what jax makes of
+    GPipe does not. A single one has them in the dtype of the entered weights before they are
+    cast."""
     if mesh.pipeline > 1:
         return sums * (3 if config.parallel.schedule == "gpipe" else 1)
     return sums + (entered if config.train.microbatches == 1 else 0)
 
 
 def _stash(config: Config, mesh: MeshConfig) -> int:
-    """Inputs of stages that wait for their backward pass; a stage's activations live only during it."""
+    """Inputs of stages that wait for their backward pass; a stage's activations live only during
+    it."""
     p, M, v = mesh.pipeline, config.train.microbatches, config.parallel.chunks
     if p == 1:
         return 0
@@ -130,15 +157,19 @@ def _stash(config: Config, mesh: MeshConfig) -> int:
 
 
 def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
-    """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and their `total`.
+    """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and
+    their `total`.
 
-    Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data` too, and replicated
-    over the other axes; norm scales are replicated, and Adafactor's row and column statistics, which are small, are
-    counted as if they were. Gradients are those that are added up over microbatches, in `precision.grad_reduce`. Step
-    counters of a few bytes and weights that are gathered once a step are left out.
+    Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data`
+    too, and replicated over the other axes; norm scales are replicated, and Adafactor's row and
+    column statistics, which are small, are counted as if they were. Gradients are those that are
+    added up over microbatches, in `precision.grad_reduce`. Step counters of a few bytes and weights
+    that are gathered once a step are left out.
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
-    stored_shards = mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    stored_shards = (
+        mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    )
     gradient_shards = mesh.tensor * (1 if config.parallel.gather == "per_step" else mesh.fsdp)
     parameters = optimizer = gradients = 0
     for name, size, matrix, sharded, replicated in _elements(config.model, config.optimizer.name):
@@ -158,7 +189,8 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
 
 @functools.cache
 def _elements(model: ModelConfig, optimizer: str) -> list[tuple[str, int, bool, int, int]]:
-    """Of every parameter: its name, elements, whether it is a matrix, and elements of optimizer state."""
+    """Of every parameter: its name, elements, whether it is a matrix, and elements of optimizer
+    state."""
     return [
         (name, math.prod(shape), is_matrix(name), *_optimizer_elements(optimizer, name, shape))
         for name, shape in parameter_shapes(model).items()
@@ -166,15 +198,26 @@ def _elements(model: ModelConfig, optimizer: str) -> list[tuple[str, int, bool, 
 
 
 def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
-    """Bytes on a device of each of `config.ACTIVATIONS`, of one layer and one microbatch, in the compute dtype.
+    """Bytes on a device of each of `config.ACTIVATIONS`, of one layer and one microbatch, in the
+    compute dtype.
 
-    The inputs of attention and MLP are whole over `tensor`; the residual, and what is added to it, are sharded over
-    it along the sequence with sequence parallelism; everything between is sharded by heads and ffn.
+    The inputs of attention and MLP are whole over `tensor`; the residual, and what is added to it,
+    are sharded over it along the sequence with sequence parallelism; everything between is sharded
+    by heads and ffn.
     """
     model, train = config.model, config.train
     sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
-    tokens = ITEMSIZE[config.precision.compute] * sequences * config.data.sequence_length // mesh.sequence
-    whole, queries, keys = model.dim, model.heads * model.head_dim // mesh.tensor, model.kv_heads * model.head_dim
+    tokens = (
+        ITEMSIZE[config.precision.compute]
+        * sequences
+        * config.data.sequence_length
+        // mesh.sequence
+    )
+    whole, queries, keys = (
+        model.dim,
+        model.heads * model.head_dim // mesh.tensor,
+        model.kv_heads * model.head_dim,
+    )
     residual = whole // mesh.tensor if config.parallel.sequence_parallel else whole
     elements = {
         "residual": residual,
@@ -191,15 +234,17 @@ def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     return {name: tokens * count for name, count in elements.items()}
 
 
-_CHUNK, _WHOLE_ROWS = 512, 2048  # in parallel/rows.py and attention.py, which import jax
+_CHUNK, _WHOLE_ROWS = 512, 2048  # in kernels/rows.py and attention.py, which import jax
 
 
 def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
-    """Bytes on a device that go by the name `attention` besides the result, of one layer and one microbatch.
+    """Bytes on a device that go by the name `attention` besides the result, of one layer and one
+    microbatch.
 
-    They are the log-sum-exp of the scores, float32, and with Ulysses the result before it goes back to the devices of
-    its tokens. XLA's attention of short rows needs neither. What `attention.implementation=auto` takes depends on the
-    GPU; cuDNN is assumed, which is too much by 2 / head_dim of `attention` where it takes XLA for short rows.
+    They are the log-sum-exp of the scores, float32, and with Ulysses the result before it goes back
+    to the devices of its tokens. XLA's attention of short rows needs neither. What
+    `attention.implementation=auto` takes depends on the GPU; cuDNN is assumed, which is too much by
+    2 / head_dim of `attention` where it takes XLA for short rows.
     """
     parallel, length = config.parallel, config.data.sequence_length
     queries = length if parallel.context == "ulysses" else length // mesh.sequence

@@ -1,14 +1,15 @@
-"""What to change when a step does not fit: the category to blame, and changes in order of what they cost in time."""
+"""What to change when a step does not fit: the category to blame, and changes in order of what they
+cost in time."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
-from jaxpar.hardware import Hardware, of_kind
-from jaxpar.memory import PART_NAMES, RESERVE, human, peak_memory
-from jaxpar.ranking import best_of_each_mesh, divisors, rank
-from jaxpar.timing import step_time
+from jaxpar.estimate.hardware import Hardware, of_kind
+from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
+from jaxpar.estimate.ranking import best_of_each_mesh, divisors, rank
+from jaxpar.estimate.timing import step_time
 from jaxpar.validation import validate_mesh
 
 
@@ -23,7 +24,9 @@ class Change:
     seconds: float
 
 
-def changes(config: Config, mesh: MeshConfig, hardware: Hardware, *, room: int, scale: float = 1.0) -> list[Change]:
+def changes(
+    config: Config, mesh: MeshConfig, hardware: Hardware, *, room: int, scale: float = 1.0
+) -> list[Change]:
     """Changes that should make a step fit, the cheapest in predicted time first.
 
     Args:
@@ -41,11 +44,16 @@ def changes(config: Config, mesh: MeshConfig, hardware: Hardware, *, room: int, 
             continue
         peak = int(scale * peak_memory(changed, sizes).total)
         if peak <= room:
-            found.setdefault(flags, Change(flags, changed, sizes, peak, step_time(changed, sizes, hardware).total))
+            found.setdefault(
+                flags,
+                Change(flags, changed, sizes, peak, step_time(changed, sizes, hardware).total),
+            )
     return sorted(found.values(), key=lambda change: change.seconds)
 
 
-def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator[tuple[str, Config, MeshConfig]]:
+def _candidates(
+    config: Config, mesh: MeshConfig, hardware: Hardware
+) -> Iterator[tuple[str, Config, MeshConfig]]:
     """One field changed, or two, or the mesh."""
     policies = list(REMAT)
     now = policies.index(config.memory.remat) if config.memory.remat in policies else 0
@@ -53,13 +61,17 @@ def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterato
     counts = [n for n in divisors(sequences) if n >= config.train.microbatches]
     for remat in policies[now:]:
         for count in counts:
-            for zero in dict.fromkeys((config.parallel.optimizer_sharding, "data" if mesh.data > 1 else "none")):
+            for zero in dict.fromkeys(
+                (config.parallel.optimizer_sharding, "data" if mesh.data > 1 else "none")
+            ):
                 for gather in dict.fromkeys((config.parallel.gather, "per_layer")):
                     changed = dataclasses.replace(
                         config,
                         memory=dataclasses.replace(config.memory, remat=remat),
                         train=dataclasses.replace(config.train, microbatches=count),
-                        parallel=dataclasses.replace(config.parallel, optimizer_sharding=zero, gather=gather),
+                        parallel=dataclasses.replace(
+                            config.parallel, optimizer_sharding=zero, gather=gather
+                        ),
                     )
                     if changed != config and len(differing := _flags(changed, config)) <= 2:
                         yield " ".join(differing), changed, mesh
@@ -67,7 +79,11 @@ def _candidates(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterato
         if candidate.mesh != mesh:
             axes = zip(AXES, candidate.mesh.shape, mesh.shape, strict=True)
             sizes = [f"--mesh.{axis}={size}" for axis, size, before in axes if size != before]
-            yield " ".join([*sizes, *_flags(candidate.config, config)]), candidate.config, candidate.mesh
+            yield (
+                " ".join([*sizes, *_flags(candidate.config, config)]),
+                candidate.config,
+                candidate.mesh,
+            )
 
 
 def _flags(config: Config, before: Config) -> list[str]:
@@ -88,8 +104,8 @@ def blame(parts: Mapping[str, int], most: int = 3) -> str:
 
 
 def out_of_memory(config: Config, mesh: MeshConfig, device: Any, arguments: Sequence[str]) -> str:
-    """What `train` answers when a device runs out of memory: what fills it and what would help, both predicted, and
-    the command that compiles the step and tells exactly.
+    """What `train` answers when a device runs out of memory: what fills it and what would help,
+    both predicted, and the command that compiles the step and tells exactly.
 
     Args:
       config: the run.
@@ -104,7 +120,8 @@ def out_of_memory(config: Config, mesh: MeshConfig, device: Any, arguments: Sequ
     found = changes(config, mesh, gpu, room=room, scale=max(1.0, room / peak.total))
     kept = [arg for arg in arguments if arg.startswith(("--config", "--mesh", "--cpu_devices"))]
     lines = [
-        f"a device ran out of memory. By arithmetic, a step needs {human(peak.total)} of {human(room)}, most of it for "
+        f"a device ran out of memory. By arithmetic, a step needs {human(peak.total)} of "
+        f"{human(room)}, most of it for "
         f"{blame(vars(peak))}",
         *(["what should fit, the fastest first:"] if found else []),
         *(f"  {change.flags}  ({human(change.predicted)})" for change in found[:3]),

@@ -1,7 +1,8 @@
-"""Text to token ids and back: GPT-2 (bundled), UTF-8 bytes, Hugging Face `tokenizer.json`, SentencePiece.
+"""Text to token ids and back: GPT-2 (bundled), UTF-8 bytes, Hugging Face `tokenizer.json`,
+SentencePiece.
 
-Text is only ever text: `<|endoftext|>` inside a document is encoded as thirteen ordinary characters, so no document can
-forge the id that ends one.
+Text is only ever text: `<|endoftext|>` inside a document is encoded as thirteen ordinary
+characters, so no document can forge the id that ends one.
 """
 
 import base64
@@ -16,11 +17,22 @@ from jaxpar.config import ConfigError
 
 KNOWN = "gpt2, bytes, a path to a Hugging Face tokenizer.json (or its folder), or a path to a SentencePiece .model"
 
-GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_RANKS = Path(__file__).parents[1] / "assets" / "gpt2.tiktoken"
+GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]")
-"""Names under which tokenizers of Hugging Face keep the id that ends a document, most specific first."""
+END_OF_TEXT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[EOS]",
+)
+"""Names under which tokenizers of Hugging Face keep the id that ends a document, most specific
+first."""
 
 _PROBE = "Hello, world!  It's 1,234.5 naïve cafés — 你好, мир; 🙂\n\tdef f(x):\n  return x**2 # antidisestablishment "
 
@@ -37,7 +49,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of `ids`. Ids that stand for no text (`eot`, the padding of a vocabulary) decode to nothing."""
+        """Text of `ids`. Ids that stand for no text (`eot`, the padding of a vocabulary) decode to
+        nothing."""
         ...
 
 
@@ -45,8 +58,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`, or stored in the file or folder `name`.
 
     Raises:
-      ConfigError: no such tokenizer, a broken file, a tokenizer without an id that ends a document, or a package that
-        is not installed.
+      ConfigError: no such tokenizer, a broken file, a tokenizer without an id that ends a document,
+        or a package that is not installed.
     """
     if name == "gpt2":
         return GPT2()
@@ -54,27 +67,37 @@ def load_tokenizer(name: str) -> Tokenizer:
         return Bytes()
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = [path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()]
+        inside = [
+            path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()
+        ]
         if not inside:
-            raise ConfigError(f"data.tokenizer={name!r} is a folder without tokenizer.json; use {KNOWN}")
+            raise ConfigError(
+                f"data.tokenizer={name!r} is a folder without tokenizer.json; use {KNOWN}"
+            )
         path = inside[0]
     if not path.is_file():
-        raise ConfigError(f"data.tokenizer={name!r} is neither a known tokenizer nor a file; use {KNOWN}")
+        raise ConfigError(
+            f"data.tokenizer={name!r} is neither a known tokenizer nor a file; use {KNOWN}"
+        )
     if path.suffix == ".json":
         return HuggingFace(path)
     if path.suffix == ".model":
         return SentencePiece(path)
-    raise ConfigError(f"data.tokenizer={name!r} has extension {path.suffix or '(none)'!r}; use {KNOWN}")
+    raise ConfigError(
+        f"data.tokenizer={name!r} has extension {path.suffix or '(none)'!r}; use {KNOWN}"
+    )
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of the ids of a fixed text: tells whether two tokenizers agree, wherever their files lie."""
+    """A hash of the ids of a fixed text: tells whether two tokenizers agree, wherever their files
+    lie."""
     ids = np.append(tokenizer.encode(_PROBE), [tokenizer.size, tokenizer.eot]).astype("<i8")
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents end to end, each closed by `eot`, in `token_dtype`; and the length of each, int64 [documents]."""
+    """Documents end to end, each closed by `eot`, in `token_dtype`; and the length of each, int64
+    [documents]."""
     pieces, lengths = [], []
     for text in texts:
         ids = tokenizer.encode(text)
@@ -89,7 +112,8 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 class GPT2:
-    """The byte-pair encoding of GPT-2: ids equal to `tiktoken.get_encoding("gpt2")`, without a download."""
+    """The byte-pair encoding of GPT-2: ids equal to `tiktoken.get_encoding("gpt2")`, without a
+    download."""
 
     name, size, eot = "gpt2", 50257, 50256
 
@@ -106,7 +130,9 @@ class GPT2:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._encoding.encode_to_numpy(_unicode(text), allowed_special=set(), disallowed_special=())
+        ids = self._encoding.encode_to_numpy(
+            _unicode(text), allowed_special=set(), disallowed_special=()
+        )
         return ids.astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -133,7 +159,9 @@ class HuggingFace:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
-            raise ConfigError(f"data.tokenizer='{path}' is not a tokenizer.json: {error}; use {KNOWN}") from error
+            raise ConfigError(
+                f"data.tokenizer='{path}' is not a tokenizer.json: {error}; use {KNOWN}"
+            ) from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -141,12 +169,19 @@ class HuggingFace:
         ends = [token for token in END_OF_TEXT if token in vocabulary]
         if not ends:
             raise ConfigError(
-                f"data.tokenizer='{path}' has no token that ends a document; add one of {', '.join(END_OF_TEXT)} to it"
+                f"data.tokenizer='{path}' has no token that ends a document; add one of "
+                f"{', '.join(END_OF_TEXT)} to it"
             )
-        self.name, self.size, self.eot = str(path), max(vocabulary.values()) + 1, vocabulary[ends[0]]
+        self.name, self.size, self.eot = (
+            str(path),
+            max(vocabulary.values()) + 1,
+            vocabulary[ends[0]],
+        )
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids, np.int32)
+        return np.array(
+            self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids, np.int32
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(_below(ids, self.size), skip_special_tokens=True)
@@ -160,10 +195,18 @@ class SentencePiece:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # the C++ side raises RuntimeError, OSError or TypeError
-            raise ConfigError(f"data.tokenizer='{path}' is not a SentencePiece model: {error}; use {KNOWN}") from error
-        self.name, self.size, self.eot = str(path), self._processor.vocab_size(), self._processor.eos_id()
+            raise ConfigError(
+                f"data.tokenizer='{path}' is not a SentencePiece model: {error}; use {KNOWN}"
+            ) from error
+        self.name, self.size, self.eot = (
+            str(path),
+            self._processor.vocab_size(),
+            self._processor.eos_id(),
+        )
         if self.eot < 0:
-            raise ConfigError(f"data.tokenizer='{path}' has no </s> to end a document; train it with --eos_id")
+            raise ConfigError(
+                f"data.tokenizer='{path}' has no </s> to end a document; train it with --eos_id"
+            )
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(_unicode(text)), np.int32)
@@ -189,4 +232,6 @@ def _require(package: str, what: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise ConfigError(f"{what} needs a package that is not installed: pip install {package}") from error
+        raise ConfigError(
+            f"{what} needs a package that is not installed: pip install {package}"
+        ) from error

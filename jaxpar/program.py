@@ -1,11 +1,12 @@
 """The step of a pipeline: the model as a `pipeline.Program`, and a batch through it.
 
-Everything outside is as without a pipeline: weights enter the step, gradients leave it as partial sums (`reduce`).
+Everything outside is as without a pipeline: weights enter the step, gradients leave it as partial
+sums (`reduce`).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,12 @@ import jax.numpy as jnp
 from jaxpar import loss
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
+from jaxpar.data.batches import Batch
 from jaxpar.model import Llama, remat_policy
 from jaxpar.parallel import pipeline, reduce
+from jaxpar.parallel.timetable import Timetable, forward_only, stack_order, timetable
 from jaxpar.parallel.vocabulary import as_plain
-from jaxpar.timetable import Timetable, forward_only, stack_order, timetable
 from jaxpar.tree import named_leaves
-
-
-class Batch(Protocol):
-    """As in `step`: int32 [M, B, S] each."""
-
-    tokens: jax.Array
-    targets: jax.Array
-    positions: jax.Array
-    segments: jax.Array
 
 
 def stages() -> int:
@@ -36,11 +29,16 @@ def stages() -> int:
 
 def make_timetable(config: Config) -> Timetable:
     """The timetable of a step on the current mesh."""
-    return timetable(config.parallel.schedule, stages(), config.train.microbatches, config.parallel.chunks)
+    return timetable(
+        config.parallel.schedule, stages(), config.train.microbatches, config.parallel.chunks
+    )
 
 
-def loss_and_gradients(entered: Llama, batch: Batch, config: Config, scale: jax.Array) -> tuple[loss.LossSums, Llama]:
-    """Sums of a batch [M, B, S], and the gradient of `scale` times the objective, for `reduce.leave_step`.
+def loss_and_gradients(
+    entered: Llama, batch: Batch, config: Config, scale: jax.Array
+) -> tuple[loss.LossSums, Llama]:
+    """Sums of a batch [M, B, S], and the gradient of `scale` times the objective, for
+    `reduce.leave_step`.
 
     Args:
       entered: the model, of weights from `reduce.enter_step`.
@@ -63,8 +61,8 @@ def evaluate(entered: Llama, batch: Batch, config: Config) -> loss.LossSums:
 
 
 def _differentiated(program, table, layers, ends, batch, *, sum_dtype):
-    """GPipe: the forward passes, differentiated. Weights are held in `sum_dtype`, because jax adds up the gradients of
-    ticks in the dtype of the weight."""
+    """GPipe: the forward passes, differentiated. Weights are held in `sum_dtype`, because jax adds
+    up the gradients of ticks in the dtype of the weight."""
     weights = layers, ends
     wide = jax.tree.map(lambda w: w.astype(sum_dtype), weights)
 
@@ -78,7 +76,14 @@ def _differentiated(program, table, layers, ends, batch, *, sum_dtype):
 
 
 def _in_region(
-    run: Callable, entered: Llama, batch: Batch, config: Config, table: Timetable, scale: jax.Array, *, gradients=True
+    run: Callable,
+    entered: Llama,
+    batch: Batch,
+    config: Config,
+    table: Timetable,
+    scale: jax.Array,
+    *,
+    gradients=True,
 ) -> tuple[loss.LossSums, Any]:
     """Runs `run(program, table, layers, ends, batch)` on the local blocks of weights and batch."""
     leaves, structure = jax.tree.flatten(entered)
@@ -101,15 +106,18 @@ def _in_region(
         check_vma=False,  # gradients are shares of a sum by design; the parity tests hold them to it
     )
     sums, found = region([as_plain(w) for w in leaves], batch, scale)
-    return loss.LossSums(*map(jnp.sum, sums)), jax.tree.unflatten(structure, found) if gradients else None
+    return loss.LossSums(*map(jnp.sum, sums)), jax.tree.unflatten(
+        structure, found
+    ) if gradients else None
 
 
 def to_stages(tree: Any, config: Config) -> Any:
     """Puts stacked layers into the order in which the stages of the current mesh hold them.
 
-    With `parallel.chunks` the layers of a stage do not follow one another, so state, optimizer state and gradients on
-    the devices have another order than in a checkpoint, which knows the network's alone. Leaves are told by their name.
-    Used where a state is made, saved or restored; see `pipeline.reorder`.
+    With `parallel.chunks` the layers of a stage do not follow one another, so state, optimizer
+    state and gradients on the devices have another order than in a checkpoint, which knows the
+    network's alone. Leaves are told by their name. Used where a state is made, saved or restored;
+    see `pipeline.reorder`.
     """
     return _reorder(tree, config, to_stages=True)
 
@@ -126,10 +134,14 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
     order = stack_order(layers, stages(), chunks)
     order = order if to_stages else sorted(range(layers), key=order.__getitem__)
 
-    @functools.partial(jax.jit, donate_argnums=0)  # one leaf at a time, in its place: a state may fill the memory
+    @functools.partial(
+        jax.jit, donate_argnums=0
+    )  # one leaf at a time, in its place: a state may fill the memory
     def move(x: jax.Array) -> jax.Array:
         spec = jax.typeof(x).sharding.spec
-        if not spec.partitions or spec.partitions[0] is None:  # small statistics that are on all devices
+        if (
+            not spec.partitions or spec.partitions[0] is None
+        ):  # small statistics that are on all devices
             return x.at[jnp.array(order)].get(out_sharding=spec)
         local = functools.partial(pipeline.reorder, chunks=chunks, to_stages=to_stages)
         return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
@@ -139,7 +151,8 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
 
 
 class Split:
-    """Takes the leaves of a model apart, into those of the layers and the others, and puts them together."""
+    """Takes the leaves of a model apart, into those of the layers and the others, and puts them
+    together."""
 
     def __init__(self, names: list[str]):
         self.layers = [n for n, name in enumerate(names) if name.startswith("layers.")]
@@ -154,14 +167,19 @@ class Split:
 
 
 def make_program(
-    model: Llama, structure: Any, split: Split, dims: list[int | None], config: Config, scale: jax.Array
+    model: Llama,
+    structure: Any,
+    split: Split,
+    dims: list[int | None],
+    config: Config,
+    scale: jax.Array,
 ) -> pipeline.Program:
     """The model as functions of local blocks.
 
     Args:
       model: only for its structure and layout.
-      structure: of its leaves; split: which of them belong to layers; dims: which dimension of each is to be gathered
-        over fsdp where it is used (per layer).
+      structure: of its leaves; split: which of them belong to layers; dims: which dimension of each
+        is to be gathered over fsdp where it is used (per layer).
       scale: of the objective.
     """
     layout = model.layout
@@ -188,7 +206,9 @@ def make_program(
     def layer(weights: list[jax.Array], x_bsD: jax.Array, context: Any) -> jax.Array:
         return jax.tree.unflatten(block, whole(weights, layer_dims))(x_bsD, context)[0]
 
-    def finish(ends: list[jax.Array], y_bsD: jax.Array, batch: Batch) -> tuple[jax.Array, loss.LossSums]:
+    def finish(
+        ends: list[jax.Array], y_bsD: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, loss.LossSums]:
         model = ends_of(ends)
         sums = loss.cross_entropy(
             model.norm(y_bsD),

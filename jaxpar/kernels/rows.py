@@ -1,6 +1,8 @@
-"""Attention with whole rows of scores: some queries and all keys at a time. Exact, with its gradient written out.
+"""Attention with whole rows of scores: some queries and all keys at a time. Exact, with its
+gradient written out.
 
-For sequences so short that `tiles` would be many small products. Called inside a full-manual region, on local arrays.
+For sequences so short that `tiles` would be many small products. Called inside a full-manual
+region, on local arrays.
 
     b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
     K: head dim   c: a chunk of queries   x: R c, the queries of a chunk and of all heads that share keys
@@ -12,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpar.parallel.tiles import HIDDEN, Operands, Sees, dot, not_hoisted
+from jaxpar.kernels.tiles import HIDDEN, Operands, Sees, dot, not_hoisted
 
 CHUNK = 512
 """Queries that are worked on at a time."""
 
 
 def attention(x: Operands, sees: Sees) -> tuple[jax.Array, None]:
-    """As `tiles.attention`, without a log-sum-exp: the gradient computes the softmax again and needs none.
+    """As `tiles.attention`, without a log-sum-exp: the gradient computes the softmax again and
+    needs none.
 
     No communication. Memory: the float32 scores of H x `CHUNK` queries and all keys.
     """
@@ -37,16 +40,21 @@ def attention(x: Operands, sees: Sees) -> tuple[jax.Array, None]:
 def attention_gradient(
     x: Operands, o_bsHK: None, lse_bHs: None, do_bsHK: jax.Array, sees: Sees
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of `attention` with respect to q, k and v; those of k and v add up over the chunks in float32."""
+    """The gradients of `attention` with respect to q, k and v; those of k and v add up over the
+    chunks in float32."""
     del o_bsHK, lse_bHs
     x = not_hoisted(x)
     k_bGtK, v_bGtK = (_multiplied(kv_btGK.swapaxes(1, 2)) for kv_btGK in (x.k, x.v))
 
-    def chunk(dkv: tuple[jax.Array, jax.Array], q_bcHK: jax.Array, given: tuple) -> tuple[tuple, jax.Array]:
+    def chunk(
+        dkv: tuple[jax.Array, jax.Array], q_bcHK: jax.Array, given: tuple
+    ) -> tuple[tuple, jax.Array]:
         queries, do_bcHK = given
         q_bGxK, do_bGxK = _rows(q_bcHK, k_bGtK), _rows(do_bcHK, k_bGtK)
         shares, total = _softmax(q_bGxK, k_bGtK, sees(queries, x.keys))
-        do_bGxK = (do_bGxK / total).astype(k_bGtK.dtype)  # the shares stay without their total, in one pass less
+        do_bGxK = (do_bGxK / total).astype(
+            k_bGtK.dtype
+        )  # the shares stay without their total, in one pass less
         weighted = shares * dot("bGxK,bGtK->bGxt", do_bGxK, v_bGtK)
         dscores = weighted - shares * (weighted.sum(-1, keepdims=True) / total)
         dscores = (dscores * q_bGxK.shape[-1] ** -0.5).astype(k_bGtK.dtype)
@@ -60,10 +68,13 @@ def attention_gradient(
     return dq_bsHK, *(dkv_bGtK.swapaxes(1, 2).astype(x.k.dtype) for dkv_bGtK in dkv)
 
 
-def _softmax(q_bGxK: jax.Array, k_bGtK: jax.Array, mask_bct: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _softmax(
+    q_bGxK: jax.Array, k_bGtK: jax.Array, mask_bct: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """exp(score - largest score of the row), float32 [b, G, x, t], and its sums [b, G, x, 1].
 
-    In the words in which XLA's compiler for CPUs makes one kernel of it all: a mask that is added, in four dimensions.
+    In the words in which XLA's compiler for CPUs makes one kernel of it all: a mask that is added,
+    in four dimensions.
     """
     bias_bct = jnp.where(mask_bct, 0, HIDDEN)
     bias_bGxt = jnp.tile(bias_bct[:, None], (1, 1, q_bGxK.shape[2] // mask_bct.shape[1], 1))
@@ -93,7 +104,8 @@ def _multiplied(x: jax.Array) -> jax.Array:
 
 
 def _by_chunks(work: Callable, carry: Any, q_bsHK: jax.Array, given: Any) -> tuple[Any, jax.Array]:
-    """`work(carry, q, given)` of one chunk of queries, and of what is given for them, after the other."""
+    """`work(carry, q, given)` of one chunk of queries, and of what is given for them, after the
+    other."""
     length = q_bsHK.shape[1]
     if length <= CHUNK:
         return work(carry, q_bsHK, given)
@@ -103,6 +115,8 @@ def _by_chunks(work: Callable, carry: Any, q_bsHK: jax.Array, given: Any) -> tup
         padded = jnp.pad(x_bs, ((0, 0), (0, -s % CHUNK), *((0, 0),) * (x_bs.ndim - 2)))
         return jnp.moveaxis(padded.reshape(b, -1, CHUNK, *x_bs.shape[2:]), 1, 0)
 
-    carry, out_ncbHK = jax.lax.scan(lambda carry, one: work(carry, *one), carry, jax.tree.map(split, (q_bsHK, given)))
+    carry, out_ncbHK = jax.lax.scan(
+        lambda carry, one: work(carry, *one), carry, jax.tree.map(split, (q_bsHK, given))
+    )
     out_bsHK = jnp.moveaxis(out_ncbHK, 0, 1)
     return carry, out_bsHK.reshape(out_bsHK.shape[0], -1, *out_bsHK.shape[3:])[:, :length]

@@ -1,4 +1,5 @@
-"""Reads compiled HLO text: collectives by mesh axis and source line, FLOPs, and what lives at the peak of memory."""
+"""Reads compiled HLO text: collectives by mesh axis and source line, FLOPs, and what lives at the
+peak of memory."""
 
 import dataclasses
 import itertools
@@ -27,16 +28,17 @@ ITEMSIZE = {
 
 _SHAPE = re.compile(r"\b(" + "|".join(ITEMSIZE) + r")\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\((.*)")
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction. `bytes` is the size of its whole (the result of a gather, the input of a scatter)
-    on one device, `count` how often a step runs it, `depth` in how many nested loops it stands. `axes` is empty where
-    every device is alone in its group and nothing is sent: the CPU compiler leaves such ones in. `group` is one of the
-    device groups; `source` the line that asked for it, `phase` forward, backward or update; `asynchronous`: it is
-    split into a start and a done, so that other work can run meanwhile."""
+    """One collective instruction. `bytes` is the size of its whole (the result of a gather, the
+    input of a scatter) on one device, `count` how often a step runs it, `depth` in how many nested
+    loops it stands. `axes` is empty where every device is alone in its group and nothing is sent:
+    the CPU compiler leaves such ones in. `group` is one of the device groups; `source` the line
+    that asked for it, `phase` forward, backward or update; `asynchronous`: it is split into a start
+    and a done, so that other work can run meanwhile."""
 
     kind: str
     axes: tuple[str, ...]
@@ -52,8 +54,8 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """One array that lives when memory is at its peak. `operation` is jax's name for what made it; of an argument it
-    is the path of the leaf."""
+    """One array that lives when memory is at its peak. `operation` is jax's name for what made it;
+    of an argument it is the path of the leaf."""
 
     name: str
     shape: str
@@ -65,9 +67,9 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every time, and at least: a
-    loop whose length depends on the data counts as one turn, and `known` says whether there was none. `rest` is the
-    text after the opening parenthesis."""
+    """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every
+    time, and at least: a loop whose length depends on the data counts as one turn, and `known` says
+    whether there was none. `rest` is the text after the opening parenthesis."""
 
     computation: str
     name: str
@@ -95,9 +97,10 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def flops(text: str) -> int:
-    """Floating-point operations of matmuls on one device, run by run of every loop: those of dots, of cuBLAS calls and
-    of cuDNN's fused attention (as if every query saw every key). What remat repeats is in them; loops whose length
-    depends on the data (attention of packed documents, several at a time) count as one turn."""
+    """Floating-point operations of matmuls on one device, run by run of every loop: those of dots,
+    of cuBLAS calls and of cuDNN's fused attention (as if every query saw every key). What remat
+    repeats is in them; loops whose length depends on the data (attention of packed documents,
+    several at a time) count as one turn."""
     computations, _ = _computations(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
@@ -124,7 +127,9 @@ def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
     computations, entry = _computations(text)
     source, lines = _Sources(text), {}
     for name, body in computations.items():
-        lines |= {found[1]: (found, name == entry) for found in map(_INSTRUCTION.match, body) if found}
+        lines |= {
+            found[1]: (found, name == entry) for found in map(_INSTRUCTION.match, body) if found
+        }
     buffers = []
     for name, index, size in re.findall(r"^ +([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", match[1], re.M):
         found, in_entry = lines.get(name, (None, False))
@@ -133,14 +138,24 @@ def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
         shape = parts[int(index.split(",")[0])] if index and parts else ", ".join(parts[:1])
         operation = re.search(r'op_name="([^"]*)"', rest)
         argument = bool(found) and in_entry and found[3] == "parameter"
-        buffers.append(Buffer(name, shape, int(size), operation[1] if operation else "", source.of(rest), argument))
+        buffers.append(
+            Buffer(
+                name, shape, int(size), operation[1] if operation else "", source.of(rest), argument
+            )
+        )
     return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """Every instruction of a compiled module, walked from its entry through loops, calls and fusions."""
+    """Every instruction of a compiled module, walked from its entry through loops, calls and
+    fusions."""
     computations, entry = _computations(text)
-    lines = {match[1]: match for body in computations.values() for line in body if (match := _INSTRUCTION.match(line))}
+    lines = {
+        match[1]: match
+        for body in computations.values()
+        for line in body
+        if (match := _INSTRUCTION.match(line))
+    }
 
     def walk(name: str, count: int, depth: int, known: bool) -> Iterator[Instruction]:
         for match in filter(None, map(_INSTRUCTION.match, computations[name])):
@@ -151,7 +166,10 @@ def instructions(text: str) -> Iterator[Instruction]:
                 assert body
                 trips = _trips(found, computations, lines)
                 yield from walk(
-                    body[1], count * (1 if trips is None else trips), depth + 1, known and trips is not None
+                    body[1],
+                    count * (1 if trips is None else trips),
+                    depth + 1,
+                    known and trips is not None,
                 )
             elif found.operation == "conditional":
                 for branch in _branches(found.rest):
@@ -169,9 +187,12 @@ def _branches(rest: str) -> list[str]:
     return [name.strip(" %") for name in listed[1].split(",")] if listed else named
 
 
-def _trips(found: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]) -> int | None:
-    """How often a loop turns: as XLA notes it, or, where turns were taken out of it for pipelining, from where its
-    counter starts to the constant that it stays below. None: it depends on the data."""
+def _trips(
+    found: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]
+) -> int | None:
+    """How often a loop turns: as XLA notes it, or, where turns were taken out of it for pipelining,
+    from where its counter starts to the constant that it stays below. None: it depends on the
+    data."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", found.rest)
@@ -209,7 +230,9 @@ def _types(result: str) -> list[str]:
 def _matmul_flops(found: Instruction, operands: list[str]) -> int:
     target = re.search(r'custom_call_target="([^"]*)"', found.rest)
     dims = [_dims(operand) for operand in operands]
-    if target and "fmha" in target[1]:  # q and k come first, [B, S, H, K]; QK and AV forward, five products backward
+    if (
+        target and "fmha" in target[1]
+    ):  # q and k come first, [B, S, H, K]; QK and AV forward, five products backward
         (B, S, H, K), T = dims[0], dims[1][1]
         return 2 * B * S * T * H * K * (5 if "Backward" in target[1] else 2)
     if target and "gemm" not in target[1]:
@@ -232,22 +255,32 @@ class _Sources:
     def __init__(self, text: str):
         def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
             block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.M)
-            return {int(n): tuple(found) for n, *found in re.findall(r"(\d+) " + pattern, block[1])} if block else {}
+            return (
+                {int(n): tuple(found) for n, *found in re.findall(r"(\d+) " + pattern, block[1])}
+                if block
+                else {}
+            )
 
         self._files = table("FileNames", r'"(.*)"')
         self._functions = table("FunctionNames", r'"(.*)"')
-        self._locations = table("FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+        self._locations = table(
+            "FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)"
+        )
         self._frames = table("StackFrames", r"\{file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
 
     def of(self, rest: str) -> str:
-        """`model.py:98 Attention.__call__` of an instruction: the line of a module, else of a function, nearest to it;
-        of a line outside of this package where there is none."""
+        """`model.py:98 Attention.__call__` of an instruction: the line of a module, else of a
+        function, nearest to it; of a line outside of this package where there is none."""
         match = re.search(r"stack_frame_id=(\d+)", rest)
         frames = list(self._stack(int(match[1]))) if match else []
         ours = [frame for frame in frames if frame[0].startswith(_PACKAGE)]
         modules = [frame for frame in ours if frame[2].endswith("__call__")]
         for file, line, function in [*modules, *ours, *frames][:1]:
-            name = Path(file).relative_to(_PACKAGE) if file.startswith(_PACKAGE) else Path(*Path(file).parts[-2:])
+            name = (
+                Path(file).relative_to(_PACKAGE)
+                if file.startswith(_PACKAGE)
+                else Path(*Path(file).parts[-2:])
+            )
             return f"{name}:{line} {function.replace('.<locals>', '')}"
         return ""
 
@@ -260,7 +293,8 @@ class _Sources:
 
 
 def _described(rest: str, made_by: dict[str, str], steps: int = 8) -> str:
-    """The instruction, or if it was combined of several and so has no source, the nearest of its operands that has."""
+    """The instruction, or if it was combined of several and so has no source, the nearest of its
+    operands that has."""
     for _ in range(steps):
         operands = _operands(rest)
         if "stack_frame_id" in rest or not operands:
@@ -278,7 +312,9 @@ def _phase(rest: str) -> str:
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
     """Every (dtype, shape) that a module mentions."""
-    return {(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)}
+    return {
+        (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)
+    }
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -296,12 +332,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _collective(
-    kind: str, found: Instruction, groups: dict[frozenset, tuple[str, ...]], source: _Sources, described: str
+    kind: str,
+    found: Instruction,
+    groups: dict[frozenset, tuple[str, ...]],
+    source: _Sources,
+    described: str,
 ) -> Collective:
     result, rest, start = found.result, found.rest, found.operation.endswith("-start")
-    parts = [(dtype, math.prod(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(result)]
+    parts = [
+        (dtype, math.prod(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _SHAPE.findall(result)
+    ]
     sizes = [ITEMSIZE[dtype] * n for dtype, n in parts]
-    # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts give results alone.
+    # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts
+    # give results alone.
     if start and (kind != "all-reduce" or result.startswith("((")):
         half = len(sizes) // 2
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
@@ -328,16 +372,21 @@ def _collective(
 def _groups(rest: str) -> frozenset:
     """The device groups of a collective, in any of the notations of XLA."""
     if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", rest):
-        return _connected([tuple(int(n) for n in pair.split(",")) for pair in pairs[1].split("},{")])
+        return _connected(
+            [tuple(int(n) for n in pair.split(",")) for pair in pairs[1].split("},{")]
+        )
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
         return frozenset(
-            frozenset(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1])
+            frozenset(int(n) for n in group.split(","))
+            for group in re.findall(r"\{([\d,]+)\}", listed[1])
         )
     if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _rows(_iota(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2])))
     # a mesh of the compiler's own: mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}
     named = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", rest
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+        r"\{(.*?)\}",
+        rest,
     )
     if not named:
         return frozenset()
@@ -346,7 +395,9 @@ def _groups(rest: str) -> frozenset:
     ids = _iota(named[2] or ",".join(map(str, sizes.values())), named[3]).reshape(*sizes.values())
     along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
     across = [dim for dim in range(ids.ndim) if dim not in along]
-    return _rows(ids.transpose([*across, *along]).reshape(-1, math.prod(ids.shape[dim] for dim in along)))
+    return _rows(
+        ids.transpose([*across, *along]).reshape(-1, math.prod(ids.shape[dim] for dim in along))
+    )
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:
@@ -368,11 +419,14 @@ def _connected(links: list[tuple[int, ...]]) -> frozenset:
 
 
 def _axis_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
-    """Device groups -> the mesh axes along which they communicate; none for groups of one device."""
+    """Device groups -> the mesh axes along which they communicate; none for groups of one
+    device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     used = [dim for dim, size in enumerate(ids.shape) if size > 1]
     found = {}
-    for dims in itertools.chain.from_iterable(itertools.combinations(used, n) for n in range(len(used) + 1)):
+    for dims in itertools.chain.from_iterable(
+        itertools.combinations(used, n) for n in range(len(used) + 1)
+    ):
         rest = [dim for dim in range(ids.ndim) if dim not in dims]
         rows = ids.transpose([*rest, *dims]).reshape(-1, math.prod(ids.shape[dim] for dim in dims))
         found[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)

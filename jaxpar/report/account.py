@@ -1,7 +1,9 @@
-"""Compiles one training step in a process of its own and accounts for its bytes; what `explain` starts.
+"""Compiles one training step in a process of its own and accounts for its bytes; what `explain`
+starts.
 
-Reads a request as JSON from standard input and prints the account as one line of JSON. XLA aborts where it meets what
-it cannot do, and says on file descriptor 2 what it could not: so this runs apart, and its parent reads both.
+Reads a request as JSON from standard input and prints the account as one line of JSON. XLA aborts
+where it meets what it cannot do, and says on file descriptor 2 what it could not: so this runs
+apart, and its parent reads both.
 """
 
 import json
@@ -16,13 +18,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxpar import cli, hlo
+from jaxpar import cli
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig, from_mapping
-from jaxpar.hardware import Hardware, Rates
+from jaxpar.estimate.hardware import Hardware, Rates
+from jaxpar.estimate.timing import collective_seconds
+from jaxpar.parallel.timetable import timetable
+from jaxpar.report import hlo
 from jaxpar.sharding import make_mesh
-from jaxpar.timetable import timetable
-from jaxpar.timing import collective_seconds
 from jaxpar.tree import named_leaves
 from jaxpar.validation import resolve_mesh, validate_mesh
 
@@ -42,7 +45,11 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None
     sizes = MeshConfig(*mesh.devices.shape)
-    state = {f"state.{name}": leaf for name, leaf in named_leaves(abstract_state(config, mesh)).items() if leaf.ndim}
+    state = {
+        f"state.{name}": leaf
+        for name, leaf in named_leaves(abstract_state(config, mesh)).items()
+        if leaf.ndim
+    }
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes
     device = mesh.devices.flat[0]
@@ -65,7 +72,8 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
                 "dtype": str(leaf.dtype),
                 "sharding": str(leaf.sharding.spec),
                 "memory": leaf.sharding.memory_kind or "device",
-                "bytes_per_device": math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+                "bytes_per_device": math.prod(leaf.sharding.shard_shape(leaf.shape))
+                * leaf.dtype.itemsize,
             }
             for name, leaf in state.items()
         ],
@@ -78,7 +86,9 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
     kinds, held = Parts(config, state.values()), {"parameters": 0, "optimizer": 0}
     for leaf in report["by_parameter"]:
         if leaf["memory"] == "device":
-            held["parameters" if leaf["name"].startswith("model.") else "optimizer"] += leaf["bytes_per_device"]
+            held["parameters" if leaf["name"].startswith("model.") else "optimizer"] += leaf[
+                "bytes_per_device"
+            ]
     report["memory"]["parts"] = kinds.sums(buffers, held, stats.argument_size_in_bytes, peak)
     report["temporaries"] = [
         {
@@ -95,13 +105,21 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
 
 
 def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dict[str, Any]]:
-    """The collectives of a step, alike ones added up, the longest first. `bytes` and `seconds` are those of all
-    `count`, `size` of one."""
+    """The collectives of a step, alike ones added up, the longest first. `bytes` and `seconds` are
+    those of all `count`, `size` of one."""
     rows: dict[tuple, dict[str, Any]] = {}
     for found in hlo.collectives(text, mesh):
         if not found.axes:
             continue
-        key = (found.kind, found.axes, found.dtype, found.bytes, found.source, found.phase, found.asynchronous)
+        key = (
+            found.kind,
+            found.axes,
+            found.dtype,
+            found.bytes,
+            found.source,
+            found.phase,
+            found.asynchronous,
+        )
         row = rows.setdefault(
             key,
             {
@@ -120,21 +138,35 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
         row["count"] += found.count
         row["bytes"] += found.bytes * found.count
         if hardware and found.group:
-            near = max(sum(n // hardware.domain == m // hardware.domain for m in found.group) for n in found.group[:1])
+            near = max(
+                sum(n // hardware.domain == m // hardware.domain for m in found.group)
+                for n in found.group[:1]
+            )
             once = collective_seconds(found.kind, found.bytes, len(found.group), near, hardware)
             row["seconds"] = (row["seconds"] or 0) + once * found.count
     return sorted(rows.values(), key=lambda row: (-(row["seconds"] or 0), -row["bytes"]))
 
 
 PARTS = (
-    *("parameters", "optimizer", "gradients", "activations", "vocabulary", "weights", "stash", "working", "batch"),
+    *(
+        "parameters",
+        "optimizer",
+        "gradients",
+        "activations",
+        "vocabulary",
+        "weights",
+        "stash",
+        "working",
+        "batch",
+    ),
     "gaps",
 )
-"""What memory is for: parameters and optimizer state; gradients (and updates, which look like them); activations kept
-for the backward pass; whatever has the vocabulary as a dimension: logits, and head and embedding as gathered, and
-their gradients; gathered weights; inputs of pipeline stages; the rest of what a layer is working on; the batch; and
-gaps, which lie between buffers because they cannot all be packed (below 0: what lies in the buffers of donated
-arguments, for which no memory is needed)."""
+"""What memory is for: parameters and optimizer state; gradients (and updates, which look like
+them); activations kept for the backward pass; whatever has the vocabulary as a dimension: logits,
+and head and embedding as gathered, and their gradients; gathered weights; inputs of pipeline
+stages; the rest of what a layer is working on; the batch; and gaps, which lie between buffers
+because they cannot all be packed (below 0: what lies in the buffers of donated arguments, for which
+no memory is needed)."""
 
 
 class Parts:
@@ -147,7 +179,10 @@ class Parts:
         def entered(shape: tuple[int, ...], sharding: Any) -> list[int]:
             """Without `fsdp` and `data`: as gathered."""
             split = [(n, str(entry)) for n, entry in zip(shape, sharding.spec, strict=True)]
-            return [n // math.prod(sizes[axis] for axis in ("pipeline", "tensor") if axis in text) for n, text in split]
+            return [
+                n // math.prod(sizes[axis] for axis in ("pipeline", "tensor") if axis in text)
+                for n, text in split
+            ]
 
         self._stored = {_dims(sharding.shard_shape(shape)) for shape, sharding in shardings}
         self._stacks = {_dims(entered(*leaf)) for leaf in shardings if len(leaf[0]) > 2}
@@ -171,7 +206,9 @@ class Parts:
             return "stash"
         if len(shape) > 2 and self._layers & set(shape[:2]):  # stacked, in whatever layout
             return "activations"
-        in_layers = re.search(r"jvp\(\)\)?/while", buffer.operation)  # where another size may be the same number
+        in_layers = re.search(
+            r"jvp\(\)\)?/while", buffer.operation
+        )  # where another size may be the same number
         if self._vocabulary & set(dims) and not in_layers:
             return "vocabulary"
         return "weights" if dims in self._gathered else "working"
@@ -179,7 +216,8 @@ class Parts:
     def sums(
         self, buffers: Iterable[hlo.Buffer], state: Mapping[str, int], arguments: int, peak: int
     ) -> dict[str, int]:
-        """Bytes of a device at its peak, by what they are for; their sum is the peak. Arguments are there all along."""
+        """Bytes of a device at its peak, by what they are for; their sum is the peak. Arguments are
+        there all along."""
         found = dict.fromkeys(PARTS, 0) | dict(state) | {"batch": arguments - sum(state.values())}
         for buffer in buffers:
             if not buffer.argument:
@@ -205,7 +243,9 @@ def main() -> None:
             validate_mesh(config, sizes)
             mesh = make_mesh(sizes, devices)
         else:
-            launch = cli.Launch(request["mesh"], request["cpu_devices"] or None, None, None, None, {})
+            launch = cli.Launch(
+                request["mesh"], request["cpu_devices"] or None, None, None, None, {}
+            )
             mesh = cli.start(launch, config)
         report = account(config, mesh, hardware, Path(request["dump"]))
     except ConfigError as error:

@@ -1,4 +1,5 @@
-"""Compiles a step in a process of its own, with a timeout, for devices that may be absent. Never imports jax."""
+"""Compiles a step in a process of its own, with a timeout, for devices that may be absent. Never
+imports jax."""
 
 import dataclasses
 import importlib.metadata
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpar.config import Config, ConfigError
-from jaxpar.hardware import Hardware, topology_size
+from jaxpar.estimate.hardware import Hardware, topology_size
 
 
 class CompileFailed(RuntimeError):
@@ -23,7 +24,8 @@ class CompileFailed(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where to compile for: GPUs that are not there, simulated CPU devices, or, with neither, this machine."""
+    """Where to compile for: GPUs that are not there, simulated CPU devices, or, with neither, this
+    machine."""
 
     hardware: Hardware | None = None
     topology: str = ""
@@ -39,7 +41,8 @@ class Target:
 
 
 def compiler_path() -> list[str]:
-    """Where python finds modules, and the place for a GPU compiler that only this command is to find."""
+    """Where python finds modules, and the place for a GPU compiler that only this command is to
+    find."""
     return [path or str(Path.cwd()) for path in sys.path] + [str(Path(sys.prefix) / "gpu-compiler")]
 
 
@@ -53,21 +56,27 @@ def check_gpu_compiler() -> None:
         return
     version = importlib.metadata.version("jax")
     raise ConfigError(
-        "compiling for GPUs that are not there needs jax's CUDA plugin (300 MB, no GPU, no CUDA); install it with\n"
+        "compiling for GPUs that are not there needs jax's CUDA plugin (300 MB, no GPU, no CUDA); "
+        "install it with\n"
         f"  {sys.executable} -m pip install --no-deps --target {Path(sys.prefix) / 'gpu-compiler'} "
         f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}"
     )
 
 
-def compile_report(config: Config, mesh: Mapping[str, int | None], target: Target, timeout: float) -> dict[str, Any]:
+def compile_report(
+    config: Config, mesh: Mapping[str, int | None], target: Target, timeout: float
+) -> dict[str, Any]:
     """The account of `account.py`, with `warnings`, from a process of its own.
 
     Raises:
-      ConfigError: the mesh does not fit the devices of this machine, or XLA has no description of the hardware.
+      ConfigError: the mesh does not fit the devices of this machine, or XLA has no description of
+        the hardware.
       CompileFailed: it crashed, raised, or took longer than `timeout` seconds.
     """
     if target.hardware and not target.hardware.target:
-        raise ConfigError(f"{target.hardware.name} has no target description, so nothing can be compiled for it")
+        raise ConfigError(
+            f"{target.hardware.name} has no target description, so nothing can be compiled for it"
+        )
     with tempfile.TemporaryDirectory(prefix="jaxpar-") as dump:
         request = {
             "config": dataclasses.asdict(config),
@@ -79,7 +88,7 @@ def compile_report(config: Config, mesh: Mapping[str, int | None], target: Targe
         }
         try:
             run = subprocess.run(
-                [sys.executable, "-m", "jaxpar.account"],
+                [sys.executable, "-m", "jaxpar.report.account"],
                 input=json.dumps(request),
                 capture_output=True,
                 text=True,
@@ -88,13 +97,23 @@ def compile_report(config: Config, mesh: Mapping[str, int | None], target: Targe
                 env=_environment(target, dump),
             )
         except subprocess.TimeoutExpired as error:
-            raise CompileFailed(f"compiling took longer than --timeout={timeout:g} s and was stopped") from error
+            raise CompileFailed(
+                f"compiling took longer than --timeout={timeout:g} s and was stopped"
+            ) from error
     if run.returncode == 2 and run.stderr.rpartition("error: ")[1]:
         raise ConfigError(run.stderr.rpartition("error: ")[2].strip())
     if run.returncode:
-        lines = [line for line in run.stderr.splitlines() if line.strip() and not _NOISE.search(line)]
-        how = f"was ended by signal {-run.returncode}" if run.returncode < 0 else f"failed with code {run.returncode}"
-        raise CompileFailed("\n  ".join([f"the compiler's process {how}; it said last:", *lines[-8:]]))
+        lines = [
+            line for line in run.stderr.splitlines() if line.strip() and not _NOISE.search(line)
+        ]
+        how = (
+            f"was ended by signal {-run.returncode}"
+            if run.returncode < 0
+            else f"failed with code {run.returncode}"
+        )
+        raise CompileFailed(
+            "\n  ".join([f"the compiler's process {how}; it said last:", *lines[-8:]])
+        )
     return json.loads(run.stdout.splitlines()[-1]) | {"warnings": plain_warnings(run.stderr)}
 
 
@@ -118,8 +137,12 @@ def _environment(target: Target, dump: str) -> dict[str, str]:
 
 
 _NOISE = re.compile(r"cuda drivers|absl::InitializeLog|cudart_stub|^\s*$")
-_CANNOT_FIT = re.compile(r"Can't reduce memory use below ([\d.]+\s*\w+).*?only reduced to ([\d.]+\s*\w+)", re.S)
-_REMATERIALIZATION = re.compile(r"Involuntary full rematerialization.*?from sharding (\{.*?\}) to (\{.*?\})", re.S)
+_CANNOT_FIT = re.compile(
+    r"Can't reduce memory use below ([\d.]+\s*\w+).*?only reduced to ([\d.]+\s*\w+)", re.S
+)
+_REMATERIALIZATION = re.compile(
+    r"Involuntary full rematerialization.*?from sharding (\{.*?\}) to (\{.*?\})", re.S
+)
 
 
 def plain_warnings(said: str) -> list[str]:
@@ -127,16 +150,23 @@ def plain_warnings(said: str) -> list[str]:
     warnings = []
     for limit, reached in _CANNOT_FIT.findall(said):
         warnings.append(
-            f"The compiler aims to stay below {limit} a device, a share of its memory, and could not get below "
+            f"The compiler aims to stay below {limit} a device, a share of its memory, and could "
+            "not get below "
             f"{reached}; to get there it may have computed again more than memory.remat asks for."
         )
     for before, after in _REMATERIALIZATION.findall(said):
         warnings.append(
-            f"An array had to be gathered whole on every device to bring it from sharding {before} to {after}: this "
-            "costs memory and traffic that nobody asked for, and is a fault of the program's shardings."
+            f"An array had to be gathered whole on every device to bring it from sharding {before} "
+            f"to {after}: this "
+            "costs memory and traffic that nobody asked for, and is a fault of the program's "
+            "shardings."
         )
     known = ("Can't reduce memory use", "Involuntary full remat")
     for line in said.splitlines():
-        if re.match(r"^[WE]\d{4} ", line) and not _NOISE.search(line) and not any(text in line for text in known):
+        if (
+            re.match(r"^[WE]\d{4} ", line)
+            and not _NOISE.search(line)
+            and not any(text in line for text in known)
+        ):
             warnings.append(line.partition("] ")[2] or line)
     return list(dict.fromkeys(warnings))

@@ -1,7 +1,9 @@
-"""Every way to run a config on so many devices, the fastest that fits first: what `plan` and `remedy` choose from.
+"""Every way to run a config on so many devices, the fastest that fits first: what `plan` and
+`remedy` choose from.
 
-A way is a mesh, a number of microbatches, a remat policy, a way to gather weights, and a pipeline schedule. Memory and
-time are predicted by arithmetic (`memory`, `timing`), and what the rules of the config refuse is left out.
+A way is a mesh, a number of microbatches, a remat policy, a way to gather weights, and a pipeline
+schedule. Memory and time are predicted by arithmetic (`memory`, `timing`), and what the rules of
+the config refuse is left out.
 """
 
 import dataclasses
@@ -12,10 +14,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from jaxpar.config import AXES, REMAT, Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
-from jaxpar.counts import step_flops
-from jaxpar.hardware import Hardware
-from jaxpar.memory import RESERVE, Peak, peak_memory
-from jaxpar.timing import StepTime, step_time
+from jaxpar.estimate.counts import step_flops
+from jaxpar.estimate.hardware import Hardware
+from jaxpar.estimate.memory import RESERVE, Peak, peak_memory
+from jaxpar.estimate.timing import StepTime, step_time
 from jaxpar.validation import validate_mesh
 
 
@@ -46,14 +48,22 @@ class Candidate:
     def flags(self) -> str:
         """The command line that asks for it."""
         config = self.config
-        flags = [f"--mesh.{axis}={size}" for axis, size in zip(AXES, self.mesh.shape, strict=True) if size > 1]
+        flags = [
+            f"--mesh.{axis}={size}"
+            for axis, size in zip(AXES, self.mesh.shape, strict=True)
+            if size > 1
+        ]
         flags += [
             f"--config.train.microbatches={config.train.microbatches}",
             f"--config.memory.remat={config.memory.remat}",
         ]
-        flags += [f"--config.parallel.gather={config.parallel.gather}"] if self.mesh.fsdp > 1 else []
+        flags += (
+            [f"--config.parallel.gather={config.parallel.gather}"] if self.mesh.fsdp > 1 else []
+        )
         if self.mesh.data > 1:
-            flags.append(f"--config.parallel.optimizer_sharding={config.parallel.optimizer_sharding}")
+            flags.append(
+                f"--config.parallel.optimizer_sharding={config.parallel.optimizer_sharding}"
+            )
         if self.mesh.pipeline > 1:
             flags += [
                 f"--config.parallel.schedule={config.parallel.schedule}",
@@ -65,16 +75,19 @@ class Candidate:
 def rank(
     config: Config, hardware: Hardware, devices: int, fixed: Mapping[str, int | None] | None = None
 ) -> list[Candidate]:
-    """Every candidate, those that fit first, the fastest first (see `ALIKE`); of those that do not, the smallest first.
+    """Every candidate, those that fit first, the fastest first (see `ALIKE`); of those that do not,
+    the smallest first.
 
     Args:
-      config: the run; its global batch is kept, its microbatches, remat, gather and ZeRO-1 are chosen.
+      config: the run; its global batch is kept, its microbatches, remat, gather and ZeRO-1 are
+        chosen.
       hardware: what it shall run on.
       devices: how many.
       fixed: sizes of axes that are not to be chosen.
 
     Raises:
-      ConfigError: no mesh of so many devices is legal for this config; with the reason of the last one refused.
+      ConfigError: no mesh of so many devices is legal for this config; with the reason of the last
+        one refused.
     """
     found, refusal = [], None
     for mesh in meshes(devices, fixed or {}):
@@ -91,7 +104,9 @@ def rank(
                 continue
             found.append(_first_that_fits(choice, mesh, hardware))
     if not found:
-        raise ConfigError(f"no mesh of {devices} devices is legal for this config. The last one tried: {refusal}")
+        raise ConfigError(
+            f"no mesh of {devices} devices is legal for this config. The last one tried: {refusal}"
+        )
     return sorted(found, key=_order)
 
 
@@ -106,7 +121,8 @@ def _order(candidate: Candidate) -> tuple:
 
 
 def meshes(devices: int, fixed: Mapping[str, int | None]) -> Iterator[MeshConfig]:
-    """Every factorisation of the devices into the axes; `expert` stays 1, for there are no experts yet."""
+    """Every factorisation of the devices into the axes; `expert` stays 1, for there are no experts
+    yet."""
 
     def sizes(axes: tuple[str, ...], left: int) -> Iterator[tuple[int, ...]]:
         if not axes:
@@ -133,7 +149,8 @@ def divisors(n: int) -> list[int]:
 def choices(config: Config, mesh: MeshConfig) -> Iterator[Config]:
     """The config with each number of microbatches, way to gather, ZeRO-1, and pipeline chunks.
 
-    Of the schedules only 1f1b: at the same bubble, gpipe holds the inputs of all microbatches and more gradients.
+    Of the schedules only 1f1b: at the same bubble, gpipe holds the inputs of all microbatches and
+    more gradients.
     """
     sequences, rest = divmod(config.train.batch_size, mesh.batch_shards)
     if rest:
@@ -143,7 +160,9 @@ def choices(config: Config, mesh: MeshConfig) -> Iterator[Config]:
     layers = config.model.layers // mesh.pipeline
     chunked = [n for n in (1, 2, 4) if layers % n == 0] if mesh.pipeline > 1 else [1]
     for microbatches in divisors(sequences):
-        if microbatches < min(mesh.pipeline, sequences):  # stages would be idle for half of the time
+        if microbatches < min(
+            mesh.pipeline, sequences
+        ):  # stages would be idle for half of the time
             continue
         train = dataclasses.replace(config.train, microbatches=microbatches)
         for gather, zero, chunks in itertools.product(gathers, zeros, chunked):
@@ -154,9 +173,13 @@ def choices(config: Config, mesh: MeshConfig) -> Iterator[Config]:
 
 
 @functools.cache
-def _parallel(before: ParallelConfig, gather: str, zero: str, chunks: int, pipelined: bool) -> ParallelConfig:
+def _parallel(
+    before: ParallelConfig, gather: str, zero: str, chunks: int, pipelined: bool
+) -> ParallelConfig:
     schedule = "1f1b" if pipelined else before.schedule
-    return dataclasses.replace(before, gather=gather, optimizer_sharding=zero, chunks=chunks, schedule=schedule)
+    return dataclasses.replace(
+        before, gather=gather, optimizer_sharding=zero, chunks=chunks, schedule=schedule
+    )
 
 
 @functools.cache
@@ -166,7 +189,8 @@ def _policies(before: MemoryConfig) -> list[MemoryConfig]:
 
 
 def _first_that_fits(config: Config, mesh: MeshConfig, hardware: Hardware) -> Candidate:
-    """With the remat policy that recomputes least of those that fit; else with the one that holds least."""
+    """With the remat policy that recomputes least of those that fit; else with the one that holds
+    least."""
     room = hardware.memory_bytes - RESERVE
     for memory in _policies(config.memory):
         choice = dataclasses.replace(config, memory=memory)
@@ -185,23 +209,31 @@ def best_of_each_mesh(ranked: Iterable[Candidate]) -> list[Candidate]:
     return list(first.values())
 
 
-def illegal(config: Config, devices: int, fixed: Mapping[str, int | None]) -> dict[str, list[MeshConfig]]:
-    """Meshes that the rules of the config refuse, by the rule that does, the one that refuses most first. Of rules that
-    differ in numbers alone, the words of the first."""
+def illegal(
+    config: Config, devices: int, fixed: Mapping[str, int | None]
+) -> dict[str, list[MeshConfig]]:
+    """Meshes that the rules of the config refuse, by the rule that does, the one that refuses most
+    first. Of rules that differ in numbers alone, the words of the first."""
     found: dict[str, tuple[str, list[MeshConfig]]] = {}
     for mesh in meshes(devices, fixed):
         choice = next(choices(config, mesh), None)
         try:
             if choice is None:
                 batch, shards = config.train.batch_size, mesh.batch_shards
-                raise ConfigError(f"train.batch_size={batch} is not divisible by data x fsdp x expert = {shards}")
+                raise ConfigError(
+                    f"train.batch_size={batch} is not divisible by data x fsdp x expert = {shards}"
+                )
             validate_mesh(choice, mesh)
         except ConfigError as error:
-            found.setdefault(re.sub(r"\d+", "", str(error).split(";")[0]), (str(error), []))[1].append(mesh)
+            found.setdefault(re.sub(r"\d+", "", str(error).split(";")[0]), (str(error), []))[
+                1
+            ].append(mesh)
     return dict(sorted(found.values(), key=lambda rule: -len(rule[1])))
 
 
-def fewest_that_fit(config: Config, hardware: Hardware, devices: int, most: int = 4096) -> Candidate | None:
+def fewest_that_fit(
+    config: Config, hardware: Hardware, devices: int, most: int = 4096
+) -> Candidate | None:
     """The best on twice as many devices, or four times, and so on: the first of these that fits."""
     while (devices := 2 * devices) <= most:
         try:

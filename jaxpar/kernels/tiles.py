@@ -1,7 +1,9 @@
-"""Attention in tiles: exact, with the scores of one pair of tiles at a time, and its gradient written out.
+"""Attention in tiles: exact, with the scores of one pair of tiles at a time, and its gradient
+written out.
 
-Called inside a full-manual region, on local arrays. Who sees whom is a callable, so that the rule (positions and
-segments) is written once, in `attention`. The sums over keys come in parts, so a ring can add them block by block.
+Called inside a full-manual region, on local arrays. Who sees whom is a callable, so that the rule
+(positions and segments) is written once, in `attention`. The sums over keys come in parts, so a
+ring can add them block by block.
 
     b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
     K: head dim   n: tiles of queries   q, k: tokens of one tile of queries and of keys
@@ -25,8 +27,9 @@ Sees = Callable[[Any, Any], jax.Array]
 
 
 class Operands(NamedTuple):
-    """What attention is computed of: queries [b, s, H, K], H a multiple of G; keys and values [b, t, G, K]; and what
-    tells which query sees which key: info of the queries, a pytree of [b, s], and of the keys, of [b, t]."""
+    """What attention is computed of: queries [b, s, H, K], H a multiple of G; keys and values [b,
+    t, G, K]; and what tells which query sees which key: info of the queries, a pytree of [b, s],
+    and of the keys, of [b, t]."""
 
     q: jax.Array
     k: jax.Array
@@ -36,8 +39,9 @@ class Operands(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A softmax over the keys so far, float32: its largest score and its sum of exponentials [n, b, G, R, q], and the
-    values in their proportions [n, b, G, R, q, K], both relative to the largest score."""
+    """A softmax over the keys so far, float32: its largest score and its sum of exponentials [n, b,
+    G, R, q], and the values in their proportions [n, b, G, R, q, K], both relative to the largest
+    score."""
 
     top: jax.Array
     total: jax.Array
@@ -57,25 +61,36 @@ class Softmax(NamedTuple):
 
 
 def absorb(
-    q_nbqGRK: jax.Array, kv: tuple[jax.Array, jax.Array], softmax_n: Softmax, queries_n: Any, keys: Any, sees: Sees
+    q_nbqGRK: jax.Array,
+    kv: tuple[jax.Array, jax.Array],
+    softmax_n: Softmax,
+    queries_n: Any,
+    keys: Any,
+    sees: Sees,
 ) -> Softmax:
-    """Adds a block of keys and values, [b, t, G, K] each, to the softmax of every query; `keys`: their info [b, t]."""
+    """Adds a block of keys and values, [b, t, G, K] each, to the softmax of every query; `keys`:
+    their info [b, t]."""
 
-    def tile(old: Softmax, _: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array) -> tuple[Softmax, tuple]:
+    def tile(
+        old: Softmax, _: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array
+    ) -> tuple[Softmax, tuple]:
         k_bkGK, v_bkGK = kv
         scores = jnp.where(mask_bqk[:, None, None], _scores(q_nbqGRK[i], k_bkGK), HIDDEN)
-        # Hidden keys of a row that has seen none yet count 1 each, until its first visible one scales them by 0.
+        # Hidden keys of a row that has seen none yet count 1 each, until its first visible one
+        # scales them by 0.
         top = jnp.maximum(old.top, scores.max(-1))
         shares, scale = jnp.exp(scores - top[..., None]), jnp.exp(old.top - top)
         values = dot("bGRqk,bkGK->bGRqK", shares.astype(v_bkGK.dtype), v_bkGK)
-        return Softmax(top, old.total * scale + shares.sum(-1), old.values * scale[..., None] + values), ()
+        return Softmax(
+            top, old.total * scale + shares.sum(-1), old.values * scale[..., None] + values
+        ), ()
 
     return _sweep(tile, softmax_n, kv, (), (), queries_n, keys, sees)[0]
 
 
 class Backward(NamedTuple):
-    """What the gradients need of the queries, in tiles: themselves, the gradient of their result, the log-sum-exp over
-    all keys, and the mean of the gradients of the shares."""
+    """What the gradients need of the queries, in tiles: themselves, the gradient of their result,
+    the log-sum-exp over all keys, and the mean of the gradients of the shares."""
 
     q_nbqGRK: jax.Array
     do_nbqGRK: jax.Array
@@ -90,20 +105,31 @@ class Backward(NamedTuple):
         return cls(query_tiles(x.q, groups), query_tiles(do_bsHK, groups), *statistics)
 
     def visit(
-        self, kv: tuple[jax.Array, jax.Array], dq_n: jax.Array, dkv: Any, queries_n: Any, keys: Any, sees: Sees
+        self,
+        kv: tuple[jax.Array, jax.Array],
+        dq_n: jax.Array,
+        dkv: Any,
+        queries_n: Any,
+        keys: Any,
+        sees: Sees,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Gradient of the queries so far (float32), and the contributions to those of a block of keys and values: added
-        up in float32, written into `dkv`, or in the place of the keys and values themselves where that is None.
+        """Gradient of the queries so far (float32), and the contributions to those of a block of
+        keys and values: added up in float32, written into `dkv`, or in the place of the keys and
+        values themselves where that is None.
 
-        With the log-sum-exp over all keys the shares of a block follow from its scores alone (Dao et al., 2022), so the
-        scores are computed again and each block is visited once.
+        With the log-sum-exp over all keys the shares of a block follow from its scores alone (Dao
+        et al., 2022), so the scores are computed again and each block is visited once.
         """
         b, t, G, K = kv[0].shape
 
-        def tile(dq_bqGRK: jax.Array, dkv: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array) -> tuple:
+        def tile(
+            dq_bqGRK: jax.Array, dkv: tuple, i: jax.Array, kv: tuple, mask_bqk: jax.Array
+        ) -> tuple:
             (dk_bkGK, dv_bkGK), (k, v) = dkv, kv
             q, do = self.q_nbqGRK[i], self.do_nbqGRK[i]
-            shares = jnp.where(mask_bqk[:, None, None], jnp.exp(_scores(q, k) - self.lse_nbGRq[i][..., None]), 0)
+            shares = jnp.where(
+                mask_bqk[:, None, None], jnp.exp(_scores(q, k) - self.lse_nbGRq[i][..., None]), 0
+            )
             dshares = dot("bqGRK,bkGK->bGRqk", do, v)
             dscores = (shares * (dshares - self.mean_nbGRq[i][..., None]) * K**-0.5).astype(q.dtype)
             dq_bqGRK += dot("bGRqk,bkGK->bqGRK", dscores, k)
@@ -123,8 +149,8 @@ def attention(x: Operands, sees: Sees) -> tuple[jax.Array, jax.Array]:
       sees: which query sees which key. Pairs of tiles in which none does are skipped.
 
     Returns:
-      [b, s, H, K] in the dtype of the queries, and the log-sum-exp of every query's scores, float32 [b, H, s]. A query
-      must see at least one key.
+      [b, s, H, K] in the dtype of the queries, and the log-sum-exp of every query's scores, float32
+      [b, H, s]. A query must see at least one key.
 
     No communication. Memory: the float32 scores of H x tile x tile.
     """
@@ -137,27 +163,38 @@ def attention(x: Operands, sees: Sees) -> tuple[jax.Array, jax.Array]:
 def attention_gradient(
     x: Operands, o_bsHK: jax.Array, lse_bHs: jax.Array, do_bsHK: jax.Array, sees: Sees
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of `attention` with respect to q, k and v, from its results and the gradient of the first."""
+    """The gradients of `attention` with respect to q, k and v, from its results and the gradient of
+    the first."""
     x = not_hoisted(x)
     known = Backward.of(x, o_bsHK, lse_bHs, do_bsHK)
     queries_n, zero_n = jax.tree.map(tiles, x.queries), jnp.zeros_like(known.q_nbqGRK, jnp.float32)
-    # All keys and values are here, gathered for this: their gradients need no second room of that size.
+    # All keys and values are here, gathered for this: their gradients need no second room of that
+    # size.
     dq_n, (dk_btGK, dv_btGK) = known.visit((x.k, x.v), zero_n, None, queries_n, x.keys, sees)
     return whole(dq_n, dim=1).reshape(x.q.shape).astype(x.q.dtype), dk_btGK, dv_btGK
 
 
 def not_hoisted(x: Operands) -> Operands:
-    """Masks are the same in every layer, so the scan over layers would make those of all pairs of tiles ahead of it and
-    hold them: s x t bytes and more. Tied to this layer's queries they are not."""
+    """Masks are the same in every layer, so the scan over layers would make those of all pairs of
+    tiles ahead of it and hold them: s x t bytes and more. Tied to this layer's queries they are
+    not."""
     q, queries, keys = jax.lax.optimization_barrier((x.q, x.queries, x.keys))
     return x._replace(q=q, queries=queries, keys=keys)
 
 
 def _sweep(
-    work: Callable, by_query: Any, kv: Any, zero: Any, results: Any, queries_n: Any, keys: Any, sees: Sees
+    work: Callable,
+    by_query: Any,
+    kv: Any,
+    zero: Any,
+    results: Any,
+    queries_n: Any,
+    keys: Any,
+    sees: Sees,
 ) -> tuple[Any, Any]:
-    """Updates `by_query[i]` with every pair of tiles in which a query sees a key; builds up from `zero` the result of
-    every tile of `kv`, and writes it into `results`, or into `kv` itself where that is None.
+    """Updates `by_query[i]` with every pair of tiles in which a query sees a key; builds up from
+    `zero` the result of every tile of `kv`, and writes it into `results`, or into `kv` itself where
+    that is None.
 
     Whether one does differs between devices, so nothing in `work` may communicate.
     """
@@ -176,7 +213,9 @@ def _sweep(
         def pair(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
             mask_bqk = sees(_at(queries_n, i), keys_tile)
             old = _at(carry[0], i), carry[1]
-            new = jax.lax.cond(jnp.any(mask_bqk), lambda: work(*old, i, kv_tile, mask_bqk), lambda: old)
+            new = jax.lax.cond(
+                jnp.any(mask_bqk), lambda: work(*old, i, kv_tile, mask_bqk), lambda: old
+            )
             return (_put(carry[0], i, new[0]), new[1]), None
 
         (by_query, done), _ = jax.lax.scan(pair, (by_query, zero), jnp.arange(n))
@@ -191,7 +230,9 @@ def _at(tree_n: Any, i: jax.Array) -> Any:
 
 
 def _put(tree_n: Any, i: jax.Array, tree: Any) -> Any:
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0), tree_n, tree)
+    return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0), tree_n, tree
+    )
 
 
 def _scores(q_bqGRK: jax.Array, k_bkGK: jax.Array) -> jax.Array:
@@ -204,9 +245,12 @@ def dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def tile_size(tokens: int) -> int:
-    """The divisor of half a block (zigzag's unit of what is visible), or of an odd one, that is nearest to `TILE`."""
+    """The divisor of half a block (zigzag's unit of what is visible), or of an odd one, that is
+    nearest to `TILE`."""
     half = tokens // 2 if tokens % 2 == 0 else tokens
-    return min((d for d in range(1, half + 1) if half % d == 0), key=lambda d: abs(math.log(d / TILE)))
+    return min(
+        (d for d in range(1, half + 1) if half % d == 0), key=lambda d: abs(math.log(d / TILE))
+    )
 
 
 def tiles(x: jax.Array, dim: int = 1) -> jax.Array:

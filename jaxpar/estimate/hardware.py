@@ -1,6 +1,7 @@
 """GPUs by name: memory, peaks, links. Needs no device.
 
-A name is a target description of XLA in assets/gpus/ plus its links in `_LINKS`; or a file of one's own, in TOML:
+A name is a target description of XLA in assets/gpus/ plus its links in `_LINKS`; or a file of one's
+own, in TOML:
 
     target = "mine.txtpb"     # a description as in assets/gpus/, beside this file
     link_gbps = 450           # GB/s a GPU sends over the fast links, in one direction
@@ -10,8 +11,9 @@ A name is a target description of XLA in assets/gpus/ plus its links in `_LINKS`
     bfloat16_tflops = 989.4   # dense peak; float16_tflops, float32_tflops as well (left out: known by the kind)
     matmul_share = 0.8        # and the other rates of `Rates`, with `measured` to say where they come from
 
-`scripts/calibrate.py` writes such a file on the machine itself. What XLA has no description for, such as CPUs, takes
-`kind`, `memory_gib` and `memory_gbps` in place of `target`; times can be predicted then, but nothing compiled.
+`scripts/calibrate.py` writes such a file on the machine itself. What XLA has no description for,
+such as CPUs, takes `kind`, `memory_gib` and `memory_gbps` in place of `target`; times can be
+predicted then, but nothing compiled.
 """
 
 import dataclasses
@@ -22,24 +24,51 @@ from typing import Any
 
 from jaxpar.config import ConfigError, nearest
 
-ASSETS = Path(__file__).parent / "assets" / "gpus"
+ASSETS = Path(__file__).parents[1] / "assets" / "gpus"
 NAMES = ("a40", "a100-40gb", "a100-80gb", "h100", "h200", "b200", "b300", "gb200")
 
-# A GPU's share in one direction, GB/s: (fast links, network, GPUs that the fast links join, GPUs of a host).
+# A GPU's share in one direction, GB/s: (fast links, network, GPUs that the fast links join, GPUs of
+# a host).
 _LINKS: dict[str, tuple[float, float, int, int]] = {
-    "a40": (25.0, 3.125, 8, 8),  # PCIe 4.0 x16 of 32 GB/s, as transfers get; one 200 Gb/s card a host
-    "a100-40gb": (300.0, 25.0, 8, 8),  # DGX A100: NVLink 3 of 600 GB/s both ways, eight 200 Gb/s cards a host
+    "a40": (
+        25.0,
+        3.125,
+        8,
+        8,
+    ),  # PCIe 4.0 x16 of 32 GB/s, as transfers get; one 200 Gb/s card a host
+    "a100-40gb": (
+        300.0,
+        25.0,
+        8,
+        8,
+    ),  # DGX A100: NVLink 3 of 600 GB/s both ways, eight 200 Gb/s cards a host
     "a100-80gb": (300.0, 25.0, 8, 8),
-    "h100": (450.0, 50.0, 8, 8),  # DGX H100: NVLink 4 of 900 GB/s both ways, eight 400 Gb/s cards a host
+    "h100": (
+        450.0,
+        50.0,
+        8,
+        8,
+    ),  # DGX H100: NVLink 4 of 900 GB/s both ways, eight 400 Gb/s cards a host
     "h200": (450.0, 50.0, 8, 8),
-    "b200": (900.0, 50.0, 8, 8),  # DGX B200: NVLink 5 of 1.8 TB/s both ways, eight 400 Gb/s cards a host
+    "b200": (
+        900.0,
+        50.0,
+        8,
+        8,
+    ),  # DGX B200: NVLink 5 of 1.8 TB/s both ways, eight 400 Gb/s cards a host
     "b300": (900.0, 100.0, 8, 8),  # DGX B300: the same links, eight 800 Gb/s cards a host
-    "gb200": (900.0, 50.0, 72, 4),  # GB200 NVL72: 18 hosts of four GPUs in one domain, 400 Gb/s a GPU
+    "gb200": (
+        900.0,
+        50.0,
+        72,
+        4,
+    ),  # GB200 NVL72: 18 hosts of four GPUs in one domain, 400 Gb/s a GPU
 }
 
 
 MEASURED = (
-    "assumed: shares of matmuls and copies as an H200 reached on plain ones (788 of 989 TFLOP/s, 4.3 of 4.8 TB/s), the "
+    "assumed: shares of matmuls and copies as an H200 reached on plain ones (788 of 989 TFLOP/s, "
+    "4.3 of 4.8 TB/s), the "
     "others guessed"
 )
 """Where rates come from that nobody measured with `scripts/calibrate.py`."""
@@ -47,10 +76,10 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What is reached of the peaks: `matmul_share` of the dense peak by matmuls that fill the device, half of it at
-    the width `matmul_half` (tiles are left empty, and launches show); `attention_share` of the dense peak by attention,
-    forward and backward; `copy_share` of the memory bandwidth; `link_share` of the bandwidth of links and network, by
-    large collectives."""
+    """What is reached of the peaks: `matmul_share` of the dense peak by matmuls that fill the
+    device, half of it at the width `matmul_half` (tiles are left empty, and launches show);
+    `attention_share` of the dense peak by attention, forward and backward; `copy_share` of the
+    memory bandwidth; `link_share` of the bandwidth of links and network, by large collectives."""
 
     matmul_share: float = 0.80
     matmul_half: float = 128.0
@@ -71,7 +100,8 @@ class Hardware:
       memory_bytes: of the whole device.
       memory_bandwidth: bytes/s.
       peaks: dense FLOP/s by dtype.
-      link: bytes/s that a GPU sends over the fast links, in one direction; network: to other domains.
+      link: bytes/s that a GPU sends over the fast links, in one direction; network: to other
+        domains.
       domain: GPUs that the fast links join; host: GPUs of one host.
       rates: what is reached of all these.
     """
@@ -100,7 +130,8 @@ class Hardware:
             below = devices // whole * whole
             near = f"{below} or {below + whole}" if below else str(whole)
             raise ConfigError(
-                f"{devices} devices do not fill whole hosts of {self.host} and domains of {self.domain} "
+                f"{devices} devices do not fill whole hosts of {self.host} and domains of "
+                f"{self.domain} "
                 f"{self.name}; use {near} devices, or give --topology=DOMAINSxHOSTSxGPUS"
             )
         return f"{devices // domain}x{domain // host}x{host}"
@@ -119,21 +150,33 @@ def find(name: str) -> Hardware:
         known = f" Known: {', '.join(NAMES)}."
         hint = nearest(name, NAMES)
         raise ConfigError(
-            f"--hardware={name} is neither known hardware nor a file.{hint}{known if known != hint else ''} A TOML "
-            "file describes other hardware, see jaxpar/hardware.py"
+            f"--hardware={name} is neither known hardware nor a "
+            f"file.{hint}{known if known != hint else ''} A TOML "
+            "file describes other hardware, see jaxpar/estimate/hardware.py"
         )
     try:
         fields = tomllib.loads(path.read_text())
-        own = {key.removesuffix("_tflops"): value * 1e12 for key, value in fields.items() if key.endswith("_tflops")}
+        own = {
+            key.removesuffix("_tflops"): value * 1e12
+            for key, value in fields.items()
+            if key.endswith("_tflops")
+        }
         links = (fields["link_gbps"], fields["network_gbps"], fields["domain"], fields["host"])
-        rates = Rates(**{f.name: fields[f.name] for f in dataclasses.fields(Rates) if f.name in fields})
-        target = (path.parent / fields["target"]).read_text() if "target" in fields else _description(fields)
+        rates = Rates(
+            **{f.name: fields[f.name] for f in dataclasses.fields(Rates) if f.name in fields}
+        )
+        target = (
+            (path.parent / fields["target"]).read_text()
+            if "target" in fields
+            else _description(fields)
+        )
         found = _make(path.stem, target, *links, own)
         return dataclasses.replace(found, rates=rates, target=target if "target" in fields else "")
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"--hardware={name}: {type(error).__name__}: {error}; the file needs target, link_gbps, network_gbps, "
-            "domain and host, see jaxpar/hardware.py"
+            f"--hardware={name}: {type(error).__name__}: {error}; the file needs target, "
+            "link_gbps, network_gbps, "
+            "domain and host, see jaxpar/estimate/hardware.py"
         ) from error
 
 
@@ -151,7 +194,13 @@ def _description(fields: dict[str, Any]) -> str:
 
 
 def _make(
-    name: str, target: str, link: float, network: float, domain: int, host: int, peaks: dict[str, float]
+    name: str,
+    target: str,
+    link: float,
+    network: float,
+    domain: int,
+    host: int,
+    peaks: dict[str, float],
 ) -> Hardware:
     def field(key: str) -> Any:
         if not (match := re.search(rf'{key}: "?([^"\n]+)', target)):
@@ -176,15 +225,17 @@ def topology_size(topology: str) -> tuple[int, int, int]:
     parts = topology.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError(
-            f"--topology={topology} must be NVLink domains x hosts in each x GPUs in each: 1x1x8 is one host of eight "
+            f"--topology={topology} must be NVLink domains x hosts in each x GPUs in each: 1x1x8 "
+            "is one host of eight "
             "GPUs, 8x1x8 eight such hosts, 1x18x4 a GB200 NVL72"
         )
     domains, hosts, gpus = map(int, parts)
     return domains, hosts, gpus
 
 
-# Dense peaks without sparsity, TFLOP/s: (bfloat16, float16, float32). float16 and bfloat16 are tensor-core rates with
-# float32 accumulation; float32 is the plain rate, not TF32. A name matches a device whose kind has all of its words.
+# Dense peaks without sparsity, TFLOP/s: (bfloat16, float16, float32). float16 and bfloat16 are
+# tensor-core rates with float32 accumulation; float32 is the plain rate, not TF32. A name matches a
+# device whose kind has all of its words.
 _PEAKS: dict[str, tuple[float | None, float, float]] = {
     "V100 SXM2": (None, 125.0, 15.7),  # NVIDIA V100 datasheet (no bfloat16 tensor cores)
     "V100 SXM3": (None, 125.0, 15.7),
@@ -203,9 +254,21 @@ _PEAKS: dict[str, tuple[float | None, float, float]] = {
     "H200": (989.4, 989.4, 66.9),  # NVIDIA H200 datasheet, SXM
     "H200 NVL": (835.5, 835.5, 60.0),  # NVIDIA H200 datasheet (1,671 with sparsity)
     "GH200": (989.4, 989.4, 66.9),  # NVIDIA GH200 datasheet
-    "B200": (2250.0, 2250.0, 75.0),  # NVIDIA HGX B200: 36 and 0.6 PFLOP/s for eight, the first with sparsity
-    "GB200": (2500.0, 2500.0, 80.0),  # NVIDIA GB200 NVL72: 10 and 0.16 PFLOP/s for two, the first with sparsity
-    "B300": (2250.0, 2250.0, 75.0),  # NVIDIA HGX B300: 36 and 0.6 PFLOP/s for eight, the first with sparsity
+    "B200": (
+        2250.0,
+        2250.0,
+        75.0,
+    ),  # NVIDIA HGX B200: 36 and 0.6 PFLOP/s for eight, the first with sparsity
+    "GB200": (
+        2500.0,
+        2500.0,
+        80.0,
+    ),  # NVIDIA GB200 NVL72: 10 and 0.16 PFLOP/s for two, the first with sparsity
+    "B300": (
+        2250.0,
+        2250.0,
+        75.0,
+    ),  # NVIDIA HGX B300: 36 and 0.6 PFLOP/s for eight, the first with sparsity
     "GB300": (2500.0, 2500.0, 80.0),  # NVIDIA GB300 NVL72: 360 PFLOP/s for 72 with sparsity
 }
 _OTHER_CHIPS = {"MIG", "LAPTOP", "D"}  # a slice of a GPU, or another chip under the same name

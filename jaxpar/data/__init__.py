@@ -1,0 +1,1 @@
+"""Text to tokens: sources, tokenizers, shards, windows, the split; and batches on devices."""

@@ -1,0 +1,1 @@
+"""Arithmetic: what a run holds, sends and takes. Never imports jax."""

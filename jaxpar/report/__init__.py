@@ -1,0 +1,1 @@
+"""What a compiled step says, and pages of it."""
