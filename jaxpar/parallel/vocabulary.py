@@ -146,9 +146,8 @@ def deferred(weight: jax.Array) -> frozenset[str]:
 def _manual(local, *, in_specs, out_specs):
     """A full-manual region through which nothing is differentiated: both directions spell out their
     sums."""
-    return jax.shard_map(
-        local, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )  # see above
+    specs = dict(in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(local, **specs, check_vma=False)  # see above
 
 
 def gather_tokens(x_bsD: jax.Array) -> jax.Array:
