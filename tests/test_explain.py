@@ -167,7 +167,7 @@ def test_flops_are_those_of_the_matmuls():
 
 def test_json_alone_goes_to_standard_output(capfd, monkeypatch):
     compiled = dict(memory=dict(peak=1, parts={}), capacity=None, mesh={}, warnings=[])
-    monkeypatch.setattr(explain, "compile_report", lambda *_: dict(compiled))
+    monkeypatch.setattr(explain, "compile_report", lambda *_, **__: dict(compiled))
     assert explain.main([*TINY, "--cpu_devices=1", "--json=-"]) == 0
     assert json.loads(capfd.readouterr().out)["fits"] is None
 

@@ -30,7 +30,9 @@ from jaxpar.tree import named_leaves
 from jaxpar.validation import resolve_mesh, validate_mesh
 
 
-def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -> dict[str, Any]:
+def account(
+    config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path, *, with_text: bool = False
+) -> dict[str, Any]:
     """Compiles the step and returns what `explain --json` writes, but for warnings.
 
     Args:
@@ -38,6 +40,7 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
       mesh: of devices, absent ones too.
       hardware: for the time at link speed; None leaves it out.
       dump: where XLA_FLAGS lets the compiler dump.
+      with_text: whether the HLO of the step is in it, as `text`.
     """
     begin = time.perf_counter()
     compiled = compile_train_step(config, mesh)
@@ -101,7 +104,7 @@ def account(config: Config, mesh: Mesh, hardware: Hardware | None, dump: Path) -
         for buffer in buffers
         if not buffer.argument and buffer.bytes >= 1024
     ]
-    return report
+    return report | ({"text": text} if with_text else {})
 
 
 def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dict[str, Any]]:
@@ -247,7 +250,7 @@ def main() -> None:
                 request["mesh"], request["cpu_devices"] or None, None, None, None, {}
             )
             mesh = cli.start(launch, config)
-        report = account(config, mesh, hardware, Path(request["dump"]))
+        report = account(config, mesh, hardware, Path(request["dump"]), with_text=request["text"])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,13 +9,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from jaxpar.config import Config, ConfigError
-from jaxpar.estimate.hardware import Hardware, topology_size
+from jaxpar.config import Config, ConfigError, MeshConfig
+from jaxpar.estimate.hardware import Hardware, find, topology_size
 
 
 class CompileFailed(RuntimeError):
@@ -30,6 +30,12 @@ class Target:
     hardware: Hardware | None = None
     topology: str = ""
     cpu_devices: int = 0
+
+    @classmethod
+    def absent(cls, hardware: str, devices: int) -> "Target":
+        """So many GPUs of a kind (`h100`, or a hardware file), in hosts as they are sold."""
+        found = find(hardware)
+        return cls(found, found.topology(devices))
 
     @property
     def devices(self) -> int | None:
@@ -64,9 +70,24 @@ def check_gpu_compiler() -> None:
 
 
 def compile_report(
-    config: Config, mesh: Mapping[str, int | None], target: Target, timeout: float
+    config: Config,
+    mesh: MeshConfig | Mapping[str, int | None],
+    target: Target,
+    timeout: float = 600.0,
+    *,
+    xla_flags: Sequence[str] = (),
+    text: bool = False,
 ) -> dict[str, Any]:
-    """The account of `account.py`, with `warnings`, from a process of its own.
+    """Compiles one training step in a process of its own: the account of `account.py`, with
+    `warnings`. It is how whatever compiles a step apart does so: commands, scripts and tests.
+
+    Args:
+      config: the run.
+      mesh: sizes of the axes; of a mapping one may be -1, and those left out are 1.
+      target: the devices.
+      timeout: seconds after which the compiler is stopped.
+      xla_flags: options of XLA, as `xla_gpu_enable_triton_gemm=false`.
+      text: whether `text`, the HLO of the compiled step, is in the account.
 
     Raises:
       ConfigError: the mesh does not fit the devices of this machine, or XLA has no description of
@@ -77,24 +98,56 @@ def compile_report(
         raise ConfigError(
             f"{target.hardware.name} has no target description, so nothing can be compiled for it"
         )
+    request = {
+        "config": dataclasses.asdict(config),
+        "mesh": dataclasses.asdict(mesh) if isinstance(mesh, MeshConfig) else dict(mesh),
+        "hardware": dataclasses.asdict(target.hardware) if target.hardware else None,
+        "topology": target.topology,
+        "cpu_devices": target.cpu_devices,
+        "text": text,
+    }
+    report, said = run_apart(
+        ["-m", "jaxpar.report.account"], request, target, timeout, xla_flags=xla_flags
+    )
+    return report | {"warnings": plain_warnings(said)}
+
+
+def run_apart(
+    command: Sequence[str],
+    request: Mapping[str, Any],
+    target: Target,
+    timeout: float,
+    *,
+    xla_flags: Sequence[str] = (),
+) -> tuple[dict[str, Any], str]:
+    """Runs python in a process of its own, whose jax starts with flags of its own.
+
+    Args:
+      command: after `python`: a module, or a file. It reads the request as JSON from standard
+        input, with `dump`, the folder into which XLA writes buffers and live ranges, and ends with
+        its answer as one line of JSON.
+      request: what it is asked.
+      target: the devices that its jax is to find or to describe.
+      timeout: seconds.
+      xla_flags: options of XLA.
+
+    Returns:
+      The answer, and what was said on file descriptor 2.
+
+    Raises:
+      ConfigError: it ended with code 2 and `error: ...`.
+      CompileFailed: it crashed, raised, or took too long.
+    """
     with tempfile.TemporaryDirectory(prefix="jaxpar-") as dump:
-        request = {
-            "config": dataclasses.asdict(config),
-            "mesh": dict(mesh),
-            "hardware": dataclasses.asdict(target.hardware) if target.hardware else None,
-            "topology": target.topology,
-            "cpu_devices": target.cpu_devices,
-            "dump": dump,
-        }
         try:
             run = subprocess.run(
-                [sys.executable, "-m", "jaxpar.report.account"],
-                input=json.dumps(request),
+                [sys.executable, *command],
+                input=json.dumps({**request, "dump": dump}),
                 capture_output=True,
                 text=True,
                 errors="replace",
                 timeout=timeout,
-                env=_environment(target, dump),
+                env=_environment(target, dump, xla_flags),
             )
         except subprocess.TimeoutExpired as error:
             raise CompileFailed(
@@ -114,12 +167,13 @@ def compile_report(
         raise CompileFailed(
             "\n  ".join([f"the compiler's process {how}; it said last:", *lines[-8:]])
         )
-    return json.loads(run.stdout.splitlines()[-1]) | {"warnings": plain_warnings(run.stderr)}
+    return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
 
-def _environment(target: Target, dump: str) -> dict[str, str]:
+def _environment(target: Target, dump: str, xla_flags: Sequence[str]) -> dict[str, str]:
     flags = [
         os.environ.get("XLA_FLAGS", ""),
+        *(f"--{flag}" for flag in xla_flags),
         f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_train_step",
     ]
     version = tuple(int(part) for part in importlib.metadata.version("jax").split(".")[:2])
