@@ -13,11 +13,10 @@ from jaxpar import cli, plan
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.estimate import ranking
 from jaxpar.estimate.counts import parameter_count
-from jaxpar.estimate.hardware import NAMES, find, topology_size
+from jaxpar.estimate.hardware import find
 from jaxpar.estimate.memory import RESERVE, peak_memory, state_bytes
 from jaxpar.estimate.timing import bubble_fraction, collective_seconds, members_near, step_time
 from jaxpar.parallel.timetable import timetable
-from jaxpar.report.apart import Target, compile_report
 from jaxpar.report.gantt import svg
 from jaxpar.validation import resolve
 
@@ -298,58 +297,6 @@ def test_bad_requests():
         plan.main([*run, "--hardware=v100"])
     with pytest.raises(ConfigError, match=r"--devices=0 must be at least 1"):
         plan.main([*run[:1], "--devices=0", "--hardware=h100"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_hardware_has_its_description(name):
-    found = find(name)
-    assert found.memory_bytes > 40e9 and found.peaks["bfloat16"] > found.peaks["float32"]
-    domains, hosts, gpus = topology_size(found.topology(2 * found.domain))
-    assert (domains, hosts * gpus, gpus) == (2, found.domain, found.host)
-
-
-def test_hardware_of_ones_own(tmp_path):
-    (tmp_path / "gpu.txtpb").write_text(H100.target.replace("NVIDIA H100 80GB HBM3", "Mine"))
-    file = tmp_path / "mine.toml"
-    file.write_text(
-        'target = "gpu.txtpb"\nlink_gbps = 100\nnetwork_gbps = 10\ndomain = 4\nhost = 4\n'
-    )
-    with pytest.raises(ConfigError, match="the peak of 'Mine' is not known; give bfloat16_tflops"):
-        find(str(file))
-    file.write_text(file.read_text() + "bfloat16_tflops = 500\nfloat32_tflops = 50\n")
-    found = find(str(file))
-    assert (found.peaks["bfloat16"], found.link, found.host, found.name) == (5e14, 1e11, 4, "mine")
-
-
-def test_measured_rates(tmp_path):
-    """What `scripts/calibrate.py` writes is read, and slower rates make slower steps."""
-    file = tmp_path / "cpu.toml"
-    file.write_text(
-        'measured = "today"\nkind = "cpu"\nmemory_gib = 16.5\nmemory_gbps = 10.0\nbfloat16_tflops = 0.2\n'
-        "float32_tflops = 0.1\nlink_gbps = 1.0\nnetwork_gbps = 1.0\ndomain = 4\nhost = "
-        "4\nmatmul_share = 0.5\n"
-        "matmul_half = 10.0\nattention_share = 0.1\ncopy_share = 1.0\n"
-    )
-    found = find(str(file))
-    assert (found.rates.measured, found.rates.matmul_share, found.rates.link_share) == (
-        "today",
-        0.5,
-        0.80,
-    )
-    assert (found.kind, found.memory_bytes, found.memory_bandwidth) == (
-        "cpu",
-        int(16.5 * 2**30),
-        1e10,
-    )
-    run, quicker = (
-        config("tiny"),
-        dataclasses.replace(found, rates=dataclasses.replace(found.rates, matmul_share=1.0)),
-    )
-    slow, quick = (step_time(run, MeshConfig(), gpu) for gpu in (found, quicker))
-    assert slow.matmul == pytest.approx(2 * quick.matmul) and slow.attention == quick.attention
-    with pytest.raises(ConfigError, match="cpu has no target description"):
-        compile_report(run, {}, Target(found, "1x1x1"), 60)
-    assert H100.rates.measured.startswith("assumed")
 
 
 def test_bubble_and_collectives_by_hand():

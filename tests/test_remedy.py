@@ -9,7 +9,7 @@ import pytest
 from jaxpar import train
 from jaxpar.config import MeshConfig, configure
 from jaxpar.estimate import remedy
-from jaxpar.estimate.hardware import find, of_kind
+from jaxpar.estimate.hardware import find
 from jaxpar.estimate.memory import RESERVE, peak_memory
 from jaxpar.estimate.timing import step_time
 from jaxpar.validation import resolve, validate_mesh
@@ -87,8 +87,3 @@ def test_a_compiled_peak_corrects_the_prediction():
         remedy.changes(run, mesh, H100, room=ROOM, scale=scale) for scale in (1.0, 1.5)
     )
     assert {change.flags for change in corrected} < {change.flags for change in plain}
-
-
-def test_hardware_by_the_kind_of_a_device():
-    assert of_kind("NVIDIA H200 141GB HBM3e").name == "h200"
-    assert of_kind("cpu").name == "h100"

@@ -8,68 +8,51 @@ own, in TOML:
     network_gbps = 50         # GB/s a GPU sends to other hosts, in one direction
     domain = 8                # GPUs that the fast links join
     host = 8                  # GPUs of a host
-    bfloat16_tflops = 989.4   # dense peak; float16_tflops, float32_tflops as well (left out: known by the kind)
-    matmul_share = 0.8        # and the other rates of `Rates`, with `measured` to say where they come from
+    bfloat16_tflops = 989.4   # dense peak, of the dtypes that runs compute in: float16, float32
+    matmul_share = 0.8        # and the other `Rates`, with `measured` to say where they come from
 
-`scripts/calibrate.py` writes such a file on the machine itself. What XLA has no description for,
-such as CPUs, takes `kind`, `memory_gib` and `memory_gbps` in place of `target`; times can be
-predicted then, but nothing compiled.
+Peaks that the kind of GPU tells may be left out, and so may rates. `scripts/calibrate.py` writes
+such a file on the machine itself. What XLA has no description for, such as CPUs, takes `kind`,
+`memory_gib` and `memory_gbps` in place of `target`; times can be predicted then, but nothing
+compiled.
 """
 
 import dataclasses
+import math
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxpar.config import ConfigError, nearest
 
 ASSETS = Path(__file__).parents[1] / "assets" / "gpus"
+DTYPES = ("bfloat16", "float16", "float32")
 NAMES = ("a40", "a100-40gb", "a100-80gb", "h100", "h200", "b200", "b300", "gb200")
 
-# A GPU's share in one direction, GB/s: (fast links, network, GPUs that the fast links join, GPUs of
-# a host).
+# GB/s of a GPU in one direction: (fast links, network, GPUs that the fast links join, GPUs of a
+# host).
 _LINKS: dict[str, tuple[float, float, int, int]] = {
-    "a40": (
-        25.0,
-        3.125,
-        8,
-        8,
-    ),  # PCIe 4.0 x16 of 32 GB/s, as transfers get; one 200 Gb/s card a host
-    "a100-40gb": (
-        300.0,
-        25.0,
-        8,
-        8,
-    ),  # DGX A100: NVLink 3 of 600 GB/s both ways, eight 200 Gb/s cards a host
+    # PCIe 4.0 x16 of 32 GB/s, as transfers get; one 200 Gb/s card a host.
+    "a40": (25.0, 3.125, 8, 8),
+    # DGX A100: NVLink 3 of 600 GB/s both ways, eight 200 Gb/s cards a host.
+    "a100-40gb": (300.0, 25.0, 8, 8),
     "a100-80gb": (300.0, 25.0, 8, 8),
-    "h100": (
-        450.0,
-        50.0,
-        8,
-        8,
-    ),  # DGX H100: NVLink 4 of 900 GB/s both ways, eight 400 Gb/s cards a host
+    # DGX H100: NVLink 4 of 900 GB/s both ways, eight 400 Gb/s cards a host.
+    "h100": (450.0, 50.0, 8, 8),
     "h200": (450.0, 50.0, 8, 8),
-    "b200": (
-        900.0,
-        50.0,
-        8,
-        8,
-    ),  # DGX B200: NVLink 5 of 1.8 TB/s both ways, eight 400 Gb/s cards a host
-    "b300": (900.0, 100.0, 8, 8),  # DGX B300: the same links, eight 800 Gb/s cards a host
-    "gb200": (
-        900.0,
-        50.0,
-        72,
-        4,
-    ),  # GB200 NVL72: 18 hosts of four GPUs in one domain, 400 Gb/s a GPU
+    # DGX B200: NVLink 5 of 1.8 TB/s both ways, eight 400 Gb/s cards a host.
+    "b200": (900.0, 50.0, 8, 8),
+    # DGX B300: the same links, eight 800 Gb/s cards a host.
+    "b300": (900.0, 100.0, 8, 8),
+    # GB200 NVL72: 18 hosts of four GPUs in one domain, 400 Gb/s a GPU.
+    "gb200": (900.0, 50.0, 72, 4),
 }
-
 
 MEASURED = (
     "assumed: shares of matmuls and copies as an H200 reached on plain ones (788 of 989 TFLOP/s, "
-    "4.3 of 4.8 TB/s), the "
-    "others guessed"
+    "4.3 of 4.8 TB/s), the others guessed"
 )
 """Where rates come from that nobody measured with `scripts/calibrate.py`."""
 
@@ -99,7 +82,7 @@ class Hardware:
       target: the text of XLA's target description.
       memory_bytes: of the whole device.
       memory_bandwidth: bytes/s.
-      peaks: dense FLOP/s by dtype.
+      peaks: dense FLOP/s by dtype, of those that are known; `peak` asks for one.
       link: bytes/s that a GPU sends over the fast links, in one direction; network: to other
         domains.
       domain: GPUs that the fast links join; host: GPUs of one host.
@@ -118,6 +101,20 @@ class Hardware:
     host: int
     rates: Rates = Rates()
 
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of a dtype.
+
+        Raises:
+          ConfigError: it is not known.
+        """
+        if dtype not in self.peaks:
+            raise ConfigError(
+                f"--hardware={self.name}: the peak of {dtype} is not known, which "
+                f"precision.compute={dtype} needs; add {dtype}_tflops to its file, or use "
+                f"precision.compute in {{{', '.join(self.peaks)}}}"
+            )
+        return self.peaks[dtype]
+
     def topology(self, devices: int) -> str:
         """NVLink domains x hosts in each x GPUs in each, for a number of devices.
 
@@ -131,8 +128,8 @@ class Hardware:
             near = f"{below} or {below + whole}" if below else str(whole)
             raise ConfigError(
                 f"{devices} devices do not fill whole hosts of {self.host} and domains of "
-                f"{self.domain} "
-                f"{self.name}; use {near} devices, or give --topology=DOMAINSxHOSTSxGPUS"
+                f"{self.domain} {self.name}; use {near} devices, or give "
+                "--topology=DOMAINSxHOSTSxGPUS"
             )
         return f"{devices // domain}x{domain // host}x{host}"
 
@@ -156,28 +153,49 @@ def find(name: str) -> Hardware:
         )
     try:
         fields = tomllib.loads(path.read_text())
-        own = {
-            key.removesuffix("_tflops"): value * 1e12
-            for key, value in fields.items()
-            if key.endswith("_tflops")
-        }
+        _check_fields(fields)
+        target = (path.parent / fields["target"]).read_text() if "target" in fields else ""
         links = (fields["link_gbps"], fields["network_gbps"], fields["domain"], fields["host"])
-        rates = Rates(
-            **{f.name: fields[f.name] for f in dataclasses.fields(Rates) if f.name in fields}
-        )
-        target = (
-            (path.parent / fields["target"]).read_text()
-            if "target" in fields
-            else _description(fields)
-        )
-        found = _make(path.stem, target, *links, own)
-        return dataclasses.replace(found, rates=rates, target=target if "target" in fields else "")
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"--hardware={name}: {type(error).__name__}: {error}; the file needs target, "
-            "link_gbps, network_gbps, "
-            "domain and host, see jaxpar/estimate/hardware.py"
-        ) from error
+        peaks = {
+            dtype: 1e12 * fields[f"{dtype}_tflops"]
+            for dtype in DTYPES
+            if f"{dtype}_tflops" in fields
+        }
+        found = _make(path.stem, target or _description(fields), *links, peaks)
+        rates = Rates(**{name: fields[name] for name in _RATES if name in fields})
+        return dataclasses.replace(found, rates=rates, target=target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--hardware={name}: {error}; see jaxpar/estimate/hardware.py") from error
+
+
+_RATES = tuple(field.name for field in dataclasses.fields(Rates))
+_LINK_FIELDS = ("link_gbps", "network_gbps", "domain", "host")
+_TEXTS, _WHOLE = ("target", "kind", "measured"), ("domain", "host")
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Refuses a file that lacks something, or has something unknown or senseless."""
+    described = ("target",) if "target" in fields else ("kind", "memory_gib", "memory_gbps")
+    needed = (*described, *_LINK_FIELDS)
+    known = (*needed, *(f"{dtype}_tflops" for dtype in DTYPES), *_RATES)
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{name} is not a field of it.{nearest(name, known)}")
+    if missing := [name for name in needed if name not in fields]:
+        instead = " (or target in place of kind, memory_gib and memory_gbps)"
+        undescribed = "target" not in fields and not set(described) <= fields.keys()
+        raise ValueError(f"it lacks {', '.join(missing)}{instead if undescribed else ''}")
+    for name, value in fields.items():
+        if name in _TEXTS:
+            right, rule = isinstance(value, str), "a text"
+        elif name in _WHOLE:
+            right, rule = type(value) is int and value > 0, "a whole number above 0"
+        else:  # the width of half the rate is 0 where every width reaches it
+            least = 0 if name == "matmul_half" else 5e-324
+            right = type(value) in (int, float) and least <= value < math.inf
+            rule = "a number " + ("of at least 0" if name == "matmul_half" else "above 0")
+        if not right:
+            raise ValueError(f"{name}={value!r} must be {rule}")
 
 
 def of_kind(kind: str) -> Hardware:
@@ -186,11 +204,14 @@ def of_kind(kind: str) -> Hardware:
     return next((hardware for hardware in known if hardware.kind == kind), find("h100"))
 
 
-def _description(fields: dict[str, Any]) -> str:
+def _description(fields: Mapping[str, Any]) -> str:
     """What `_make` reads of a description, from the fields of a file."""
     memory, bandwidth = int(fields["memory_gib"] * 2**30), fields["memory_gbps"] * 1e9
     kind = fields["kind"]
-    return f'device_description_str: "{kind}"\ndevice_memory_size: {memory}\nmemory_bandwidth: {bandwidth}\n'
+    return (
+        f'device_description_str: "{kind}"\ndevice_memory_size: {memory}\n'
+        f"memory_bandwidth: {bandwidth}\n"
+    )
 
 
 def _make(
@@ -208,10 +229,13 @@ def _make(
         return match[1]
 
     kind = field("device_description_str")
-    known = {dtype: peak_flops(kind, dtype) for dtype in ("bfloat16", "float16", "float32")}
+    known = {dtype: peak_flops(kind, dtype) for dtype in DTYPES}
     peaks = {dtype: peak for dtype, peak in known.items() if peak} | peaks
-    if "bfloat16" not in peaks:
-        raise ValueError(f"the peak of {kind!r} is not known; give bfloat16_tflops")
+    if not peaks:
+        raise ValueError(
+            f"no peak of {kind!r} is known; give that of the dtype of precision.compute, as "
+            "bfloat16_tflops, float16_tflops or float32_tflops"
+        )
     sizes = int(field("device_memory_size")), float(field("memory_bandwidth"))
     return Hardware(name, kind, target, *sizes, peaks, link * 1e9, network * 1e9, domain, host)
 
@@ -226,18 +250,18 @@ def topology_size(topology: str) -> tuple[int, int, int]:
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError(
             f"--topology={topology} must be NVLink domains x hosts in each x GPUs in each: 1x1x8 "
-            "is one host of eight "
-            "GPUs, 8x1x8 eight such hosts, 1x18x4 a GB200 NVL72"
+            "is one host of eight GPUs, 8x1x8 eight such hosts, 1x18x4 a GB200 NVL72"
         )
     domains, hosts, gpus = map(int, parts)
     return domains, hosts, gpus
 
 
-# Dense peaks without sparsity, TFLOP/s: (bfloat16, float16, float32). float16 and bfloat16 are
-# tensor-core rates with float32 accumulation; float32 is the plain rate, not TF32. A name matches a
-# device whose kind has all of its words.
+# Dense peaks without sparsity, TFLOP/s, of `DTYPES`. bfloat16 and float16 are tensor-core rates
+# with float32 accumulation; float32 is the plain rate, not TF32. A name matches a device whose kind
+# has all of its words.
 _PEAKS: dict[str, tuple[float | None, float, float]] = {
-    "V100 SXM2": (None, 125.0, 15.7),  # NVIDIA V100 datasheet (no bfloat16 tensor cores)
+    # NVIDIA V100 datasheet (no bfloat16 tensor cores)
+    "V100 SXM2": (None, 125.0, 15.7),
     "V100 SXM3": (None, 125.0, 15.7),
     "V100 PCIE": (None, 112.0, 14.0),
     "A40": (149.7, 149.7, 37.4),  # NVIDIA A40 datasheet
@@ -254,22 +278,13 @@ _PEAKS: dict[str, tuple[float | None, float, float]] = {
     "H200": (989.4, 989.4, 66.9),  # NVIDIA H200 datasheet, SXM
     "H200 NVL": (835.5, 835.5, 60.0),  # NVIDIA H200 datasheet (1,671 with sparsity)
     "GH200": (989.4, 989.4, 66.9),  # NVIDIA GH200 datasheet
-    "B200": (
-        2250.0,
-        2250.0,
-        75.0,
-    ),  # NVIDIA HGX B200: 36 and 0.6 PFLOP/s for eight, the first with sparsity
-    "GB200": (
-        2500.0,
-        2500.0,
-        80.0,
-    ),  # NVIDIA GB200 NVL72: 10 and 0.16 PFLOP/s for two, the first with sparsity
-    "B300": (
-        2250.0,
-        2250.0,
-        75.0,
-    ),  # NVIDIA HGX B300: 36 and 0.6 PFLOP/s for eight, the first with sparsity
-    "GB300": (2500.0, 2500.0, 80.0),  # NVIDIA GB300 NVL72: 360 PFLOP/s for 72 with sparsity
+    # NVIDIA HGX B200 and B300: 36 and 0.6 PFLOP/s for eight, the first with sparsity
+    "B200": (2250.0, 2250.0, 75.0),
+    "B300": (2250.0, 2250.0, 75.0),
+    # NVIDIA GB200 NVL72: 10 and 0.16 PFLOP/s for two, the first with sparsity
+    "GB200": (2500.0, 2500.0, 80.0),
+    # NVIDIA GB300 NVL72: 360 PFLOP/s for 72 with sparsity
+    "GB300": (2500.0, 2500.0, 80.0),
 }
 _OTHER_CHIPS = {"MIG", "LAPTOP", "D"}  # a slice of a GPU, or another chip under the same name
 
@@ -288,5 +303,5 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     names = [name for name in _PEAKS if set(name.split()) <= words]
     if not names or words & _OTHER_CHIPS:
         return None
-    peak = _PEAKS[max(names, key=len)][("bfloat16", "float16", "float32").index(dtype)]
+    peak = _PEAKS[max(names, key=len)][DTYPES.index(dtype)]
     return None if peak is None else peak * 1e12

@@ -42,7 +42,7 @@ class Candidate:
 
     def mfu(self, hardware: Hardware) -> float:
         """Model FLOPs (causal attention once) a second, of the dense peak of all devices."""
-        peak = hardware.peaks.get(self.config.precision.compute, hardware.peaks["float32"])
+        peak = hardware.peak(self.config.precision.compute)
         return step_flops(self.config).per_step / (self.seconds * self.mesh.devices * peak)
 
     def flags(self) -> str:

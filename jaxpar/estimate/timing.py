@@ -90,7 +90,7 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     """Seconds of matmuls, of attention, and of what only moves memory, on one device."""
     model, train = config.model, config.train
     flops = step_flops(config)
-    peak = hardware.peaks.get(config.precision.compute, hardware.peaks["float32"])
+    peak = hardware.peak(config.precision.compute)
     tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
     shards = mesh.tensor * mesh.pipeline
     rates = hardware.rates
