@@ -5,6 +5,8 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 PROMPT ?= Once upon a time
 ARGS ?=
+PART ?= 1/1
+MINUTES ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,12 +21,13 @@ RUNTIME := $(VENV)/.runtime$(ACCELERATOR:%=-%)
 DEV := $(VENV)/.dev$(ACCELERATOR:%=-%)
 GPU_COMPILER := $(if $(ACCELERATOR),,$(VENV)/.gpu-compiler)
 
-.PHONY: help train test test-slow lint format clean
+.PHONY: help train test test-slow test-mutants lint format clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 	@echo
 	@echo 'train takes CONFIG=$(CONFIG) WORKDIR=$(WORKDIR) PROMPT="$(PROMPT)" ARGS="--mesh.fsdp=2"; test takes ARGS="-k config".'
+	@echo 'test-slow takes MINUTES=15, after which no test begins (those are named and do not fail).'
 	@echo 'All take PYTHON=python3.12 (the interpreter of a new .venv) and ACCELERATOR=cuda12, cuda13 or empty.'
 
 train: $(RUNTIME) ## train CONFIG into WORKDIR, then write a text after PROMPT (installs the runtime only)
@@ -34,8 +37,11 @@ train: $(RUNTIME) ## train CONFIG into WORKDIR, then write a text after PROMPT (
 test: $(DEV) $(GPU_COMPILER) ## run the tests
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
-test-slow: $(DEV) $(GPU_COMPILER) ## run the slow tests
-	$(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
+test-slow: $(DEV) $(GPU_COMPILER) ## run the slow tests, or PART=3/12 of them
+	$(BIN)/python -m pytest -q -n 2 -m slow -rs --no-fold-skipped --part=$(PART) --minutes=$(MINUTES) $(ARGS)
+
+test-mutants: $(DEV) $(GPU_COMPILER) ## change the code in 60 places: does a test notice?
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 lint: $(DEV) ## check format, style and types
 	$(BIN)/ruff format --check .

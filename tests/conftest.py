@@ -1,6 +1,8 @@
 """Eight simulated CPU devices for every test, whatever else the machine has."""
 
 import os
+import time
+import zlib
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +17,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+PART = pytest.StashKey[tuple[int, int]]()
+BEGIN = pytest.StashKey[float]()
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +40,32 @@ def compile_once(tmp_path_factory) -> Iterator[None]:
             compilation_cache.reset_cache()
             if values is settings:
                 yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="only this part of the tests, such as 3/12")
+    parser.addoption(
+        "--minutes", type=float, default=0.0, help="begin no test later; skip and name the rest"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    number, _, parts = config.getoption("--part").partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise pytest.UsageError(f"--part={number}/{parts} must be N/M, such as 3/12, N from 1 to M")
+    config.stash[PART] = int(number), int(parts)
+    config.stash[BEGIN] = time.monotonic()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the tests of one part: which one a test is in depends on its name alone."""
+    number, parts = config.stash[PART]
+    here = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == number - 1]
+    config.hook.pytest_deselected(items=[item for item in items if item not in here])
+    items[:] = here
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes and time.monotonic() - item.config.stash[BEGIN] > 60 * minutes:
+        pytest.skip(f"not run: {minutes:g} minutes are over")

@@ -185,7 +185,8 @@ from jaxpar.config import Config
 checkpointer = Checkpointer(sys.argv[1], Config())
 checkpointer.save(1, {"weight": jnp.full((8,), 1.0)}, data={"step": 1})
 checkpointer.wait()
-ocp.PyTreeCheckpointHandler.finalize = lambda *_: time.sleep(60)  # the disk hangs just before the commit
+# the disk hangs just before the commit
+ocp.PyTreeCheckpointHandler.finalize = lambda *_: time.sleep(60)
 checkpointer.save(2, {"weight": jnp.full((8,), 2.0)}, data={"step": 2})
 print("saving", flush=True)
 time.sleep(60)

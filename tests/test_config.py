@@ -172,10 +172,10 @@ class TestRules:
 
     @pytest.mark.parametrize(
         "path",
-        """model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim model.ffn_dim
-        model.rope_scaling.original_sequence_length data.sequence_length data.prefetch train.steps train.batch_size
-        train.microbatches train.max_nonfinite_steps precision.loss_scale_growth_steps loss.chunk checkpoint.keep
-        log.every""".split(),
+        """model.vocab_size model.dim model.layers model.heads model.kv_heads model.head_dim
+        model.ffn_dim model.rope_scaling.original_sequence_length data.sequence_length data.prefetch
+        train.steps train.batch_size train.microbatches train.max_nonfinite_steps
+        precision.loss_scale_growth_steps loss.chunk checkpoint.keep log.every""".split(),
     )
     def test_positive_integers(self, path):
         text = message(resolved, **nested(path, 0))
@@ -183,8 +183,9 @@ class TestRules:
 
     @pytest.mark.parametrize(
         "path",
-        """model.rope_theta model.norm_eps model.init_std model.rope_scaling.factor model.rope_scaling.low_freq_factor
-        model.rope_scaling.high_freq_factor optimizer.learning_rate optimizer.eps""".split(),
+        """model.rope_theta model.norm_eps model.init_std model.rope_scaling.factor
+        model.rope_scaling.low_freq_factor model.rope_scaling.high_freq_factor
+        optimizer.learning_rate optimizer.eps""".split(),
     )
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_positive_floats(self, path, value):

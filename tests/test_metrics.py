@@ -108,7 +108,8 @@ def test_compilation_evaluation_and_checkpoints_are_not_timed(tmp_path, clock):
 
     with Metrics(tmp_path, config_of(every=3), ONE) as writer:
         with writer.untimed():
-            clock.now += 1000.0  # an evaluation before the first step must not put its compilation on the clock
+            # an evaluation before the first step must not put its compilation on the clock
+            clock.now += 1000.0
         for step, _ in enumerate(writer.watch(batches()), start=1):
             clock.now += 500.0 if step == 1 else 0.75
             writer.step(step, values_of(1.0))

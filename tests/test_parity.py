@@ -140,10 +140,6 @@ def test_every_mesh_of_eight(text, sizes, variant):
     )
 
 
-def test_there_are_twenty_meshes():
-    assert len(ALL_MESHES) == 20
-
-
 @pytest.mark.parametrize(
     ("sizes", "model", "groups"),
     [

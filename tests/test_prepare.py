@@ -152,7 +152,8 @@ from jaxpar.prepare import prepare
 if __name__ == "__main__":
     source, output = sys.argv[1:]
     data = DataConfig(source=source, tokenizer="bytes", validation_fraction=0.3)
-    prepare(Config(model=ModelConfig(vocab_size=257), data=data), Path(output), workers=2, shard_characters=60)
+    config = Config(model=ModelConfig(vocab_size=257), data=data)
+    prepare(config, Path(output), workers=2, shard_characters=60)
 """
 
 

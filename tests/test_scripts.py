@@ -42,3 +42,39 @@ def test_a_step_is_measured_and_taken_apart(tmp_path):
     )
     for text in ("jaxpar, jax ", "PyTorch, eager, torch ", "the rest", "Roofline: "):
         assert text in run.stdout
+
+
+def test_mutants_change_code_and_not_what_people_read():
+    from scripts.mutants import mutants
+
+    source = '''
+def price(count: int, each: float = 2.5) -> float:
+    """At least 1."""
+    if not count:
+        raise ValueError(f"count={count + 1} is below {1 + 1}")
+    total = count * each if count < 10 else 0
+    print("more than 1", 1 + count)
+    return total
+'''
+    changes = [mutant.change for mutant in mutants("data/price", source)]
+    assert changes == [
+        "2.5  ->  5.0",
+        "not count  ->  (count)",
+        "count * each  ->  (count // each)",
+        "count < 10  ->  (count >= 10)",
+        "10  ->  20",
+        "0  ->  1",
+        "total  ->  None",
+    ]
+    for mutant in mutants("data/price", source):
+        assert source.encode()[mutant.start : mutant.stop].decode() == mutant.before
+
+
+def test_the_sample_of_mutants_is_spread_and_stays():
+    from scripts.mutants import TESTS, sample, tests_of
+
+    chosen = sample(60, 0, "")
+    assert len(chosen) == 60 and chosen == sample(60, 0, "") != sample(60, 1, "")
+    assert {mutant.module for mutant in chosen} == set(TESTS)
+    assert all(tests_of(module) for module in TESTS), "every module has a test file"
+    assert {mutant.module for mutant in sample(5, 0, "optim")} == {"optimizer"}
