@@ -9,13 +9,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar import attention, xla
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.data.batches import Batch, batch_sharding
+from jaxpar.data.batches import abstract_batch
 from jaxpar.estimate import memory
 from jaxpar.step import TrainState, init_state, make_train_step
 
@@ -59,17 +58,10 @@ def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     Attention is that of these devices, not of the machine that compiles. For absent ones cuDNN
     cannot be asked how much memory its calls work in: `memory_analysis()` has none of it.
     """
-    train = config.train
-    shape = (
-        train.microbatches,
-        train.batch_size // train.microbatches,
-        config.data.sequence_length,
-    )
     with jax.set_mesh(mesh):
-        field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(config, mesh))
         options = xla.options(config.compile, mesh.devices.flat)
         step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=options)
-        return step.lower(abstract_state(config, mesh), Batch(field, field, field, field)).compile()
+        return step.lower(abstract_state(config, mesh), abstract_batch(config, mesh)).compile()
 
 
 def check_attention(config: Config, mesh: Mesh) -> None:

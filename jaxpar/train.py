@@ -31,7 +31,7 @@ from jaxpar.compile import (
     compile_train_step,
 )
 from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.data.batches import batch_indices, batches, evaluation_batches, placement
+from jaxpar.data.batches import batch_indices, training_batches, validation_batches
 from jaxpar.data.corpus import Corpus, open_corpus
 from jaxpar.estimate import counts, memory
 from jaxpar.estimate.remedy import out_of_memory
@@ -163,17 +163,8 @@ def evaluate(
     """Mean cross-entropy of the validation split in nats a token; None if a signal came in
     between."""
     assert corpus.validation is not None
-    place, rows = placement(config, mesh)
-    validation = evaluation_batches(
-        corpus.validation,
-        batch_size=config.train.batch_size,
-        count=config.train.eval_batches,
-        microbatches=config.train.microbatches,
-        rows=rows,
-        place=place,
-    )
     sums = []
-    for batch in validation:
+    for batch in validation_batches(config, mesh, corpus.validation):
         sums.append(eval_step(model, batch))
         if stop.number and jax.process_count() == 1:
             return None
@@ -234,17 +225,8 @@ def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path) -> int:
     offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
     checkpointer = Checkpointer(workdir, config)  # writes; nothing above does
     write_config(workdir, config, MeshConfig(*mesh.devices.shape))
-    place, rows = placement(config, mesh)
-    training = batches(
-        corpus.train,
-        seed=config.train.seed,
-        batch_size=batch_size,
-        microbatches=config.train.microbatches,
-        start=start + offset,
-        stop=max(steps, start) + offset,
-        rows=rows,
-        prefetch=config.data.prefetch,
-        place=place,
+    training = training_batches(
+        config, mesh, corpus.train, start=start + offset, stop=max(steps, start) + offset
     )
     windows = functools.partial(
         batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 
 from jaxpar import cli, program
 from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
-from jaxpar.data.batches import Batch, batch_sharding, batches, global_batch
+from jaxpar.data.batches import Batch, load_batch, place
 from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, loss_and_gradients
@@ -66,28 +66,15 @@ def run_batch(config: Config, mesh: Mesh, batch: Batch) -> Result:
       mesh: six axes.
       batch: int32 arrays of the whole batch, [M, B, S] for any M.
     """
-    parts = Batch(*(x.reshape(config.train.microbatches, -1, x.shape[-1]) for x in batch))
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: init_state(config).model)()
-        sharding = batch_sharding(config, mesh)
-        placed = global_batch(parts, sharding, zigzag=config.parallel.zigzag)
         losses, gradients = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))(
-            model, placed
+            model, place(batch, config, mesh)
         )
         gradients = named_leaves(program.to_network(gradients, config))
         leaves = {name: np.asarray(g, np.float64) for name, g in gradients.items()}
     norm = float(np.sqrt(sum(np.sum(g**2) for g in leaves.values())))
     return Result(float(losses.objective), norm, leaves)
-
-
-def initial_parameters(config: Config, mesh: Mesh) -> dict[str, np.ndarray]:
-    """The freshly initialised parameters by name, on the host."""
-    with jax.set_mesh(mesh):
-        model = jax.jit(lambda: init_state(config).model)()
-        return {
-            name: np.asarray(leaf)
-            for name, leaf in named_leaves(program.to_network(model, config)).items()
-        }
 
 
 def relative_error(value: Any, reference: Any) -> float:
@@ -174,17 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             "verify compares with one device of the same process; run it in one, for example with "
             "--cpu_devices"
         )
-    batch = next(
-        batches(
-            corpus.train,
-            seed=config.train.seed,
-            batch_size=config.train.batch_size,
-            microbatches=1,
-            start=0,
-            stop=1,
-            prefetch=1,
-        )
-    )
+    batch = load_batch(config, corpus.train)
     reference = run_batch(
         reference_config(config), make_mesh(MeshConfig(), jax.devices()[:1]), batch
     )

@@ -11,6 +11,8 @@ first round compiles, the later ones find what it kept. Given are medians, and r
 the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import importlib.metadata
@@ -24,7 +26,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxpar.config import Config
+    from jaxpar.data.batches import Batch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -42,14 +48,13 @@ def worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, An
 def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[str, Any]:
     from jaxpar import cli
     from jaxpar.config import MeshConfig
-    from jaxpar.data.batches import Batch, batch_sharding, global_batch
+    from jaxpar.data.batches import place
     from jaxpar.estimate import counts, hardware
 
     request = cli.parse(argv, __doc__ or "")
     config = request.config
     mesh = cli.start(request, config)
     import jax
-    import numpy as np
 
     from jaxpar.compile import compile_train_step
     from jaxpar.train import start_state
@@ -59,11 +64,7 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
         step = compile_train_step(config, mesh)
         compiling = time.perf_counter() - clock
         state, _ = start_state(config, None)
-        tokens, targets = random_batch(config)
-        shape = (config.train.microbatches, -1, config.data.sequence_length)
-        positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), tokens.shape)
-        fields = [x.reshape(shape) for x in (tokens, targets, positions, np.ones_like(tokens))]
-        batch = global_batch(Batch(*fields), batch_sharding(config, mesh), zigzag=False)
+        batch = place(random_batch(config), config, mesh)
         state, values = step(state, batch)
         first_loss = float(values["loss"])
         first = time.time() - begin
@@ -108,18 +109,12 @@ def torch_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[s
     config = cli.parse(argv, __doc__ or "").config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step = make_step(dataclasses.asdict(config), device, compiled=name == "compile")
-    tokens, targets = (torch.from_numpy(x).to(device).long() for x in random_batch(config))
-    parts = list(
-        zip(
-            tokens.chunk(config.train.microbatches),
-            targets.chunk(config.train.microbatches),
-            strict=True,
-        )
-    )
-    assert len(parts) == 1, "the PyTorch step takes one microbatch"
+    assert config.train.microbatches == 1, "the PyTorch step takes one microbatch"
+    tokens, targets, *_ = random_batch(config)
+    parts = [torch.from_numpy(field[0]).to(device).long() for field in (tokens, targets)]
 
     def run() -> float:
-        loss = float(step(*parts[0]))  # waits for the device
+        loss = float(step(*parts))  # waits for the device
         if device == "cuda":
             torch.cuda.synchronize()
         return loss
@@ -134,13 +129,13 @@ def torch_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[s
     return dict(first=first, seconds=seconds, loss=(losses[0], losses[-1]), memory=memory)
 
 
-def random_batch(config) -> tuple[Any, Any]:
-    """Token ids and targets, int32 [B, S]: one document a row."""
-    import numpy as np
+def random_batch(config: Config) -> Batch:
+    """Random ids, one document a row; numpy int32 [M, b, S]."""
+    from jaxpar.data.batches import load_batch
+    from jaxpar.data.corpus import open_corpus
 
-    size = (config.train.batch_size, config.data.sequence_length + 1)
-    raw = np.random.default_rng(0).integers(config.model.vocab_size, size=size, dtype=np.int32)
-    return raw[:, :-1].copy(), raw[:, 1:].copy()
+    data = dataclasses.replace(config.data, source="synthetic")
+    return load_batch(config, open_corpus(data, vocab_size=config.model.vocab_size, seed=0).train)
 
 
 def run_all(argv: list[str], contenders: list[str], rounds: int, steps: int) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from jaxpar.config import MeshConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.data.batches import load_batch, place
+from jaxpar.data.corpus import open_corpus
 from jaxpar.parallel.timetable import describe, timetable
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, make_train_step
@@ -43,11 +43,8 @@ def make_run(options: argparse.Namespace, schedule: str):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         step = jax.jit(make_train_step(config), donate_argnums=0)
-        shape = (options.microbatches, 2, 128)
-        tokens = np.random.default_rng(0).integers(0, 4096, shape, np.int32)
-        positions = np.broadcast_to(np.arange(128, dtype=np.int32), shape)
-        batch = Batch(tokens, np.roll(tokens, -1, -1), positions, np.ones(shape, np.int32))
-        placed = global_batch(batch, batch_sharding(config, mesh), zigzag=False)
+        corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=0)
+        placed = place(load_batch(config, corpus.train), config, mesh)
 
     def run() -> tuple[float, float]:
         nonlocal state

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpar.config import Config, MeshConfig, OptimizerConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.data.batches import Batch, place
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer
 from jaxpar.sharding import make_mesh
@@ -143,9 +143,7 @@ def train_ours(config: Config, mesh: Mesh, data: list[Batch]) -> tuple[np.ndarra
         step = jax.jit(make_train_step(config), donate_argnums=0, compiler_options=QUICK)
         rows = []
         for batch in data:
-            state, metrics = step(
-                state, global_batch(batch, batch_sharding(config, mesh), zigzag=False)
-            )
+            state, metrics = step(state, place(batch, config, mesh))
             rows.append([float(metrics[name]) for name in ("loss", "grad_norm", "learning_rate")])
     assert (state.step, state.skipped) == (len(data), 0)
     return np.array(rows), to_hugging_face(state.model)

@@ -10,7 +10,7 @@ import pytest
 from jaxpar.checkpoint import Checkpointer, locate, restore_state
 from jaxpar.compile import abstract_state, check_host_memory, compile_train_step
 from jaxpar.config import ConfigError, MeshConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.data.batches import Batch, place
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state
 from jaxpar.tree import named_leaves
@@ -41,11 +41,7 @@ def two_steps(config, mesh):
     )
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
-        batch = global_batch(
-            Batch(tokens, (tokens + 1) % 64, positions, segments),
-            batch_sharding(config, mesh),
-            zigzag=False,
-        )
+        batch = place(Batch(tokens, (tokens + 1) % 64, positions, segments), config, mesh)
         return step(step(state, batch)[0], batch)[0]
 
 

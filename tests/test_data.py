@@ -8,21 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxpar.config import ConfigError, DataConfig
+from jaxpar.config import ConfigError, DataConfig, MeshConfig, configure
 from jaxpar.data import corpus as corpus_module
 from jaxpar.data import sources
 from jaxpar.data.batches import (
     Batch,
+    abstract_batch,
     batch_indices,
+    batch_shape,
+    batch_sharding,
     batches,
     evaluation_batches,
-    global_batch,
+    load_batch,
     local_rows,
+    place,
     zigzag_tokens,
 )
 from jaxpar.data.corpus import Corpus, held_out, open_corpus, unigram_entropy
 from jaxpar.data.shards import Stream
 from jaxpar.data.windows import Windows
+from jaxpar.sharding import make_mesh
+from jaxpar.validation import resolve
 
 BYTES = DataConfig(source="", tokenizer="bytes", sequence_length=4, validation_fraction=0.0)
 
@@ -147,18 +153,27 @@ def test_evaluation_is_spread_over_the_split() -> None:
     assert by_two.tokens[..., 0].tolist() == [[0, 25], [50, 75]]
 
 
-def test_global_batch_over_a_mesh() -> None:
+def test_a_batch_over_a_mesh() -> None:
+    """Each device holds its rows and tokens, in the microbatches of the run whatever was handed
+    in."""
     import jax
 
-    devices = np.array(jax.devices()[:4]).reshape(2, 2)
-    mesh = jax.sharding.Mesh(devices, ("data", "sequence"))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "data", "sequence"))
-    batch = next(batches(numbered(20), seed=0, batch_size=8, microbatches=2))
-    placed = global_batch(batch, sharding, zigzag=False)
-    assert isinstance(placed, Batch)
-    for array, field in zip(placed, batch, strict=True):
-        assert array.sharding == sharding and (np.asarray(array) == field).all()
+    train, data = dict(batch_size=8, microbatches=2), dict(sequence_length=2)
+    config = resolve(configure(train=train, data=data, parallel=dict(sequence_parallel=False)))
+    mesh = make_mesh(MeshConfig(data=2, sequence=2), jax.devices()[:4])
+    sharding = batch_sharding(config, mesh)
+    assert sharding.shard_shape(batch_shape(config)) == (2, 2, 1)
+    batch = load_batch(config, numbered(20))
+    whole = Batch(*(field.reshape(1, 8, 2) for field in batch))
+    for given in (batch, whole):
+        for array, field in zip(place(given, config, mesh), batch, strict=True):
+            assert array.sharding == sharding and (np.asarray(array) == field).all()
+    assert abstract_batch(config, mesh).tokens.sharding == sharding
     assert local_rows(sharding, batch.tokens.shape) == [0, 1, 2, 3]
+    for number in (0, 5):
+        loaded = load_batch(config, numbered(20), number)
+        streamed = next(batches(numbered(20), seed=0, batch_size=8, microbatches=2, start=number))
+        assert all((a == b).all() for a, b in zip(loaded, streamed, strict=True))
 
 
 def test_zigzag_deals_out_heads_and_tails() -> None:

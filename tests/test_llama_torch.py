@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config, MeshConfig, RopeScaling
-from jaxpar.data.batches import Batch, batch_sharding, batches, global_batch
+from jaxpar.data.batches import Batch, load_batch, place
 from jaxpar.data.corpus import open_corpus
 from jaxpar.data.sources import SEPARATOR, STORIES
 from jaxpar.loss import LossSums
@@ -167,7 +167,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Outcome, Outcome]:
     batch, documents = packed(config.model.vocab_size)
     with jax.set_mesh(mesh):
         model = draw(config, mesh, std=0.2)
-        mine = ours(config, model, global_batch(batch, batch_sharding(config, mesh), zigzag=False))
+        mine = ours(config, model, place(batch, config, mesh))
         return mine, theirs(hugging_face(config, to_hugging_face(model)), documents)
 
 
@@ -263,9 +263,7 @@ def test_training_curve_equals_pytorch(tmp_path: Path) -> None:
     axes = dict(fsdp=2, sequence=2, tensor=2)
     validate_mesh(config, MeshConfig(**axes))
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=0)
-    data = list(
-        batches(corpus.train, seed=0, batch_size=8, microbatches=2, stop=config.train.steps)
-    )
+    data = [load_batch(config, corpus.train, number) for number in range(config.train.steps)]
     assert np.mean([batch.segments.max(axis=-1) > 1 for batch in data]) > 0.05, (
         "hardly any packed documents"
     )

@@ -14,18 +14,23 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_parity
-from test_parity import check, first_batch, make_config, text  # noqa: F401  (a fixture)
+from test_parity import (
+    check,
+    first_batch,
+    initial_parameters,
+    make_config,
+    text,  # noqa: F401  (a fixture)
+)
 
 from jaxpar import program, verify
 from jaxpar import train as command
 from jaxpar.checkpoint import Checkpointer, restore_state
 from jaxpar.compile import abstract_state
 from jaxpar.config import ConfigError, MeshConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.data.batches import Batch, abstract_batch, place
 from jaxpar.report.hlo import _computations
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, loss_and_gradients, make_eval_step, make_train_step
@@ -169,8 +174,8 @@ def test_all_five_axes_on_32_devices(tmp_path, flags):
 
 def test_initialisation_does_not_depend_on_stages(text):  # noqa: F811
     config = pipeline_config(text, layers=8, chunks=2)
-    one = verify.initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    other = verify.initial_parameters(config, make_mesh(MeshConfig(pipeline=4, fsdp=2)))
+    one = initial_parameters(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    other = initial_parameters(config, make_mesh(MeshConfig(pipeline=4, fsdp=2)))
     assert all((one[name] == other[name]).all() for name in one)
 
 
@@ -183,10 +188,6 @@ def test_a_device_holds_its_share_of_layers_and_vocabulary(text, chunks):  # noq
         if leaf.ndim > 1 and "scale" not in name:
             held = math.prod(leaf.sharding.shard_shape(leaf.shape))
             assert held * sizes.devices == math.prod(leaf.shape), name
-
-
-def place(batch, config, mesh):
-    return global_batch(batch, batch_sharding(config, mesh), zigzag=False)
 
 
 @pytest.mark.parametrize(("chunks", "schedule"), [(1, "gpipe"), (2, "1f1b")])
@@ -363,10 +364,7 @@ def test_ticks_of_forward_alone_cost_no_backward(text, chunks, remat):  # noqa: 
     mesh = make_mesh(sizes, jax.devices()[:p])
     with jax.set_mesh(mesh):
         model = abstract_state(config, mesh).model
-        sharding = batch_sharding(config, mesh)
-        batch = Batch(
-            *(jax.ShapeDtypeStruct((M, 2, 32), jnp.int32, sharding=sharding) for _ in range(4))
-        )
+        batch = abstract_batch(config, mesh)
         step = jax.jit(lambda model, batch: loss_and_gradients(model, batch, config))
         loops = dot_flops(step.lower(model, batch).compile().as_text())
     m, tokens, depth = config.model, 2 * 32, config.model.layers // (p * chunks)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxpar.compile import abstract_state
 from jaxpar.config import MeshConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding
+from jaxpar.data.batches import abstract_batch
 from jaxpar.sharding import make_mesh
 from jaxpar.show import show_activations, show_array, show_model
 from jaxpar.step import make_train_step
@@ -97,8 +97,7 @@ def test_model_and_activations(mesh):
         "2",
     ]
     with jax.set_mesh(mesh):
-        field = jax.ShapeDtypeStruct((1, 4, 16), jnp.int32, sharding=batch_sharding(config_, mesh))
-        batch = Batch(field, field, field, field)
+        batch = abstract_batch(config_, mesh)
         types = show_activations(make_train_step(config_), state, batch, console=out)
     assert types["residual"] == "bfloat16[4@(data,fsdp,expert),16@(sequence,tensor),32]"
     assert types["gate"] == "bfloat16[4@(data,fsdp,expert),16@sequence,48@tensor]"

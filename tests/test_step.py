@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpar.config import MeshConfig, configure
-from jaxpar.data.batches import Batch, batch_sharding, global_batch
+from jaxpar.data.batches import Batch, place
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, make_train_step
 from jaxpar.validation import resolve
@@ -34,7 +34,7 @@ def losses_and_state(precision: dict, steps: int):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(config))()
         batch = Batch(tokens, np.roll(tokens, -1, -1), positions, np.ones_like(tokens))
-        placed = global_batch(batch, batch_sharding(config, mesh), zigzag=False)
+        placed = place(batch, config, mesh)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         rows = []
         for _ in range(steps):

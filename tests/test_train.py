@@ -26,6 +26,7 @@ import pytest
 from jaxpar import checkpoint, cli
 from jaxpar import train as command
 from jaxpar.config import AXES, Config, MeshConfig
+from jaxpar.data import batches as loading
 from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state
@@ -99,9 +100,9 @@ def watched(
             fed[number] = batch.tokens.reshape(-1, LENGTH).copy()
             yield place(batch)
 
-    original = command.batches
+    original = loading.batches
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "batches", batches)
+        patch.setattr(loading, "batches", batches)
         yield fed
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """A `Window` for each sequence of a step: int32 [M, b, S], of numpy or, after `global_batch`,
-    of jax, sharded as `batch_sharding` says. `targets` is -1 where there is no loss, `segments` 0
+    """A `Window` for each sequence of a step: int32 [M, b, S], of numpy or, after `place`, of jax,
+    sharded as `batch_sharding` says. `targets` is -1 where there is no loss, `segments` 0
     in padding."""
 
     tokens: Any
@@ -57,7 +57,7 @@ def batches(
       rows: which of the rows 0 .. b-1 of each microbatch are loaded, by default all; see
         `local_rows`. The others are padding.
       prefetch: batches, and threads, ahead; 0 loads in the caller's thread.
-      place: what else the threads do to a batch: `global_batch`, so that it waits on the devices.
+      place: what else the threads do to a batch: `place`, so that it waits on the devices.
 
     Returns:
       An iterator of `Batch` (int32 [M, b, S], of numpy unless placed). Its `close()` ends the
@@ -166,20 +166,77 @@ def _ahead(
     return iter((loaded.map(place) if place else loaded).to_iter_dataset(options))
 
 
-# Arrays over a mesh.
+# The batches of a run, over its mesh.
 
 
-def global_batch(batch: Batch, sharding: NamedSharding, *, zigzag: bool) -> Batch:
-    """The batch as jax arrays over a mesh; int32 [M, b, S]. Each process hands in its own copy, of
-    which only the rows of `local_rows` are read. With `zigzag`, the tokens of a row lie in that
-    order over `sequence`. No communication."""
-    if zigzag:
-        batch = zigzag_tokens(batch, sharding.mesh.shape["sequence"])
+def training_batches(
+    config: Config, mesh: Mesh, windows: Windows, *, start: int, stop: int
+) -> "grain.DatasetIterator[Batch]":
+    """Batches `start` .. `stop`-1 of a run, placed on its devices ahead of time; see `batches`."""
+    return batches(
+        windows,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        start=start,
+        stop=stop,
+        prefetch=config.data.prefetch,
+        **_on_mesh(config, mesh),
+    )
 
-    def place(field: np.ndarray) -> jax.Array:
+
+def validation_batches(
+    config: Config, mesh: Mesh, windows: Windows
+) -> "grain.DatasetIterator[Batch]":
+    """The batches of one evaluation, placed on the devices; see `evaluation_batches`."""
+    return evaluation_batches(
+        windows,
+        batch_size=config.train.batch_size,
+        count=config.train.eval_batches,
+        **_on_mesh(config, mesh),
+    )
+
+
+def _on_mesh(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """How the loaders cut a batch, what of it this process has to load, and how it is placed."""
+    return {
+        "microbatches": config.train.microbatches,
+        "rows": local_rows(batch_sharding(config, mesh), batch_shape(config)),
+        "place": functools.partial(place, config=config, mesh=mesh),
+    }
+
+
+def load_batch(config: Config, windows: Windows, number: int = 0) -> Batch:
+    """Batch `number` of a run, whole and in the order of the text; numpy int32 [M, b, S]."""
+    train = config.train
+    shape, first = batch_shape(config)[:2], number * train.batch_size
+    return _assemble(windows, _order(windows, train.seed), first, shape, None)
+
+
+def place(batch: Batch, config: Config, mesh: Mesh) -> Batch:
+    """A batch as jax arrays over a mesh, cut into the microbatches of `config`; int32 [M, b, S].
+
+    Each process hands in its own copy, of which only the rows of `local_rows` are read. With
+    `parallel.zigzag`, the tokens of a row lie in that order over `sequence`. No communication.
+
+    Args:
+      batch: numpy int32 [m, B / m, S] for any m.
+    """
+    shape, sharding = batch_shape(config), batch_sharding(config, mesh)
+    batch = Batch(*(field.reshape(shape) for field in batch))
+    if config.parallel.zigzag:
+        batch = zigzag_tokens(batch, mesh.shape["sequence"])
+
+    def placed(field: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(field.shape, sharding, lambda index: field[index])
 
-    return Batch(*(place(field) for field in batch))
+    return Batch(*(placed(field) for field in batch))
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shape, dtype and sharding of a batch of a run, for devices that may be absent."""
+    sharding = batch_sharding(config, mesh)
+    field = jax.ShapeDtypeStruct(batch_shape(config), jax.numpy.int32, sharding=sharding)
+    return Batch(field, field, field, field)
 
 
 def zigzag_tokens(batch: Batch, shards: int) -> Batch:
@@ -223,11 +280,3 @@ def batch_shape(config: Config) -> tuple[int, int, int]:
     """[M, b, S] of the batches of a run."""
     train = config.train
     return train.microbatches, train.batch_size // train.microbatches, config.data.sequence_length
-
-
-def placement(config: Config, mesh: Mesh) -> tuple[Callable[[Batch], Batch], list[int]]:
-    """How a batch gets onto the devices, and which rows of a microbatch this process has to load
-    for that."""
-    sharding = batch_sharding(config, mesh)
-    place = functools.partial(global_batch, sharding=sharding, zigzag=config.parallel.zigzag)
-    return place, local_rows(sharding, batch_shape(config))
