@@ -23,6 +23,7 @@ from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
 from jaxpar.kernels.matmul import einsum
 from jaxpar.parallel import reduce, vocabulary
 from jaxpar.parallel.context import all_gather_tokens
+from jaxpar.parameters import DRAWN, parameters
 from jaxpar.sharding import Rules, all_manual
 
 
@@ -78,39 +79,39 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """Draws parameters: shape, dimension names and spread of a weight in one place, the same on
-    every mesh."""
+    """Draws parameters as their rows in `parameters` say, the same on every mesh. A module asks for
+    its own by name; `prefix` is where it stands."""
 
     config: ModelConfig
     layout: Layout
-    rngs: nnx.Rngs
-    stack: tuple[int, ...] = ()
+    key: jax.Array
+    prefix: str = ""
 
-    def stacked(self) -> "Initializer":
-        """The same, with a leading dimension of L layers on every parameter."""
-        return dataclasses.replace(self, stack=(self.config.layers,))
+    def module(self, kind: Callable[["Initializer"], Any], name: str) -> Any:
+        """A module in the module at hand; None if the model has no parameter of it."""
+        new = dataclasses.replace(self, prefix=f"{self.prefix}{name}.")
+        named = any(name.startswith(new.prefix) for name in parameters(self.config))
+        return kind(new) if named else None
 
-    def spec(self, dims: tuple[str, ...]) -> jax.sharding.PartitionSpec:
-        return self.layout.rules.spec(*("layers",) * len(self.stack), *dims)
-
-    def normal(self, shape: tuple[int, ...], *dims: str, scale: float = 1.0) -> nnx.Param:
-        """Normal with standard deviation `scale * config.init_std`."""
-        draw = jax.random.normal(
-            self.rngs.params(), self.stack + shape, jnp.float32, out_sharding=self.spec(dims)
-        )
-        return nnx.Param((draw * (scale * self.config.init_std)).astype(self.layout.stored_dtype))
-
-    def ones(self, size: int, dim: str) -> nnx.Param:
-        return nnx.Param(
-            jnp.ones((*self.stack, size), self.layout.stored_dtype, out_sharding=self.spec((dim,)))
-        )
+    def __call__(self, name: str) -> Any:
+        """A parameter as `nnx.Param`, in its stored dtype; None if the model does not have it."""
+        row = parameters(self.config).get(self.prefix + name)
+        if row is None:
+            return None
+        shape, dtype = row.shape(self.config), self.layout.stored_dtype
+        sharding = self.layout.rules.spec(*row.dims)
+        if row.initial == "ones":
+            return nnx.Param(jnp.ones(shape, dtype, out_sharding=sharding))
+        key = jax.random.fold_in(self.key, DRAWN.index(row.name))
+        normal = jax.random.normal(key, shape, jnp.float32, out_sharding=sharding)
+        return nnx.Param((normal * row.std(self.config)).astype(dtype))
 
 
 class RMSNorm(nnx.Module):
     """Root mean square normalisation (Zhang and Sennrich, 2019); statistics in float32."""
 
     def __init__(self, new: Initializer):
-        self.scale = new.ones(new.config.dim, "embed")
+        self.scale = new("scale")
         self.layout = new.layout
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -129,19 +130,8 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
 
     def __init__(self, new: Initializer):
-        c = new.config
-        self.query = new.normal((c.dim, c.heads, c.head_dim), "embed_fsdp", "heads", "head_dim")
-        self.key = new.normal((c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim")
-        self.value = new.normal(
-            (c.dim, c.kv_heads, c.head_dim), "embed_fsdp", "kv_heads", "head_dim"
-        )
-        self.out = new.normal(
-            (c.dim, c.heads, c.head_dim),
-            "embed_fsdp",
-            "heads",
-            "head_dim",
-            scale=1 / math.sqrt(2 * c.layers),
-        )
+        self.query, self.key, self.value = new("query"), new("key"), new("value")
+        self.out = new("out")
         self.layout = new.layout
 
     def __call__(
@@ -170,12 +160,7 @@ class MLP(nnx.Module):
     """SwiGLU feed-forward (Shazeer, 2020)."""
 
     def __init__(self, new: Initializer):
-        c = new.config
-        self.gate = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
-        self.up = new.normal((c.dim, c.ffn_dim), "embed_fsdp", "ffn")
-        self.down = new.normal(
-            (c.dim, c.ffn_dim), "embed_fsdp", "ffn", scale=1 / math.sqrt(2 * c.layers)
-        )
+        self.gate, self.up, self.down = new("gate"), new("up"), new("down")
         self.layout = new.layout
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -188,10 +173,10 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, new: Initializer):
-        self.attention_norm = RMSNorm(new)
-        self.attention = Attention(new)
-        self.mlp_norm = RMSNorm(new)
-        self.mlp = MLP(new)
+        self.attention_norm = new.module(RMSNorm, "attention_norm")
+        self.attention = new.module(Attention, "attention")
+        self.mlp_norm = new.module(RMSNorm, "mlp_norm")
+        self.mlp = new.module(MLP, "mlp")
 
     def __call__(
         self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
@@ -214,18 +199,11 @@ class Llama(nnx.Module):
             norm_eps=config.model.norm_eps,
             attention=Options.make(config),
         )
-        new = Initializer(config.model, layout, rngs)
-        self.embedding = new.normal(
-            (config.model.vocab_size, config.model.dim), "vocab", "embed_fsdp"
-        )
-        self.layers = Block(new.stacked())
-        self.norm = RMSNorm(new)
-        tied = config.model.tie_embeddings
-        self.head = (
-            None
-            if tied
-            else new.normal((config.model.dim, config.model.vocab_size), "embed_fsdp", "vocab")
-        )
+        new = Initializer(config.model, layout, rngs.params.key[...])
+        self.embedding = new("embedding")
+        self.layers = new.module(Block, "layers")
+        self.norm = new.module(RMSNorm, "norm")
+        self.head = new("head")
         self.config = config.model
         self.layout = layout
         self.memory = config.memory

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, all from optax. `step.py` clips, because it has the
 norm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from optax import contrib
 
 from jaxpar.config import Config, OptimizerConfig
+from jaxpar.parameters import FACTORED_FROM, TABLE, Parameter
 from jaxpar.tree import leaf_name
 
 
@@ -36,19 +38,11 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def is_matrix(params: Any) -> Any:
-    """True for every leaf but the norm scales: what weight decay acts on. Stacked scales are 2-D,
-    so names decide."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not leaf_name(path).endswith("scale"), params
-    )
-
-
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optax transformation of a run, without clipping."""
     o = config.optimizer
     rate = schedule(o, config.train.steps)
-    decay: dict[str, Any] = {"weight_decay": o.weight_decay, "mask": is_matrix}
+    decay: dict[str, Any] = {"weight_decay": o.weight_decay, "mask": _rows(lambda row: row.decays)}
     if o.name == "adamw":
         return optax.adamw(rate, b1=o.beta1, b2=o.beta2, eps=o.eps, **decay)
     if o.name == "lion":
@@ -57,11 +51,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         return optax.chain(optax.add_decayed_weights(**decay), optax.sgd(rate, momentum=o.beta1))
     if o.name == "adafactor":
         one = optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
+            optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
+            optax.clip_by_block_rms(1.0),
         )
         # Each layer by itself: else statistics and clipping would mix layers where there are many.
         stack = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
-        direction = optax.partition({"one": one, "stack": stack}, _one_or_stack)
+        direction = optax.partition(
+            {"one": one, "stack": stack}, _rows(lambda row: "stack" if row.in_layers else "one")
+        )
         return _auto(
             optax.chain(
                 direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
@@ -73,7 +70,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         eps=o.eps,
         adam_b1=o.beta1,
         adam_b2=o.beta2,
-        muon_weight_dimension_numbers=_muon_dimensions,
+        muon_weight_dimension_numbers=_rows(_muon_dimensions),
     )
     return _auto(
         optax.chain(
@@ -98,33 +95,25 @@ def _move(state: optax.OptState, space: jax.memory.Space) -> optax.OptState:
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
 
-def _one_or_stack(params: Any) -> Any:
-    """Which leaves are one weight, and which a stack of those of all layers."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "stack" if leaf_name(path).startswith("layers.") else "one", params
-    )
+def _rows(choose: Callable[[Parameter], Any]) -> Callable[[Any], Any]:
+    """From a tree of parameters to one of what `choose` says of each one's row in the table."""
+
+    def chosen(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: choose(TABLE[leaf_name(path)]), params
+        )
+
+    return chosen
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """Which dimensions of a stacked weight are rows and columns; None (NAdamW) for embedding, head
-    and norms."""
-    inward, outward = ((1,), (2,)), ((2,), (1,))  # dimension 0 is the layer
-    to_heads, from_heads = ((1,), (2, 3)), ((2, 3), (1,))
-    rows_columns = {
-        "layers.attention.query": to_heads,
-        "layers.attention.key": to_heads,
-        "layers.attention.value": to_heads,
-        "layers.attention.out": from_heads,
-        "layers.mlp.gate": inward,
-        "layers.mlp.up": inward,
-        "layers.mlp.down": outward,
-    }
-
-    def dimensions(path: Any, _: jax.Array) -> contrib.MuonDimensionNumbers | None:
-        found = rows_columns.get(leaf_name(path))
-        return contrib.MuonDimensionNumbers(*found) if found else None
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+def _muon_dimensions(row: Parameter) -> contrib.MuonDimensionNumbers | None:
+    """Which dimensions of a stacked weight are rows, over which its product sums, and columns; None
+    for what takes NAdamW."""
+    if not row.orthogonalized:
+        return None
+    rows = tuple(n for n, dim in enumerate(row.dims) if dim in row.contracts)
+    columns = tuple(n for n in range(1, len(row.dims)) if n not in rows)  # 0 is the layer
+    return contrib.MuonDimensionNumbers(rows, columns)
 
 
 def _auto(transformation: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -19,6 +19,7 @@ from jaxpar.model import Llama, remat_policy
 from jaxpar.parallel import pipeline, reduce
 from jaxpar.parallel.timetable import Timetable, forward_only, stack_order, timetable
 from jaxpar.parallel.vocabulary import as_plain
+from jaxpar.parameters import in_layers
 from jaxpar.tree import named_leaves
 
 
@@ -146,7 +147,7 @@ def _reorder(tree: Any, config: Config, *, to_stages: bool) -> Any:
         local = functools.partial(pipeline.reorder, chunks=chunks, to_stages=to_stages)
         return jax.shard_map(local, in_specs=spec, out_specs=spec)(x)
 
-    leaves = [move(x) if "layers." in name else x for name, x in named_leaves(tree).items()]
+    leaves = [move(x) if in_layers(name) else x for name, x in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -155,7 +156,7 @@ class Split:
     together."""
 
     def __init__(self, names: list[str]):
-        self.layers = [n for n, name in enumerate(names) if name.startswith("layers.")]
+        self.layers = [n for n, name in enumerate(names) if in_layers(name)]
         self.ends = [n for n in range(len(names)) if n not in self.layers]
 
     def apart(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:

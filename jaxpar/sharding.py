@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says which tensor dimension lies on which mesh axis.
+"""The mesh, and the sharding of an array by the names of its dimensions.
 
 All six axes are always there (size 1 is allowed) and all are `AxisType.Explicit`: the type of every
 array carries its sharding, so `jax.typeof(x)` prints `bfloat16[8@data,4096@sequence,512@tensor]`
@@ -7,56 +7,23 @@ and an ambiguous contraction is an error at trace time instead of a surprise all
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxpar.config import AXES, BATCH_AXES, MeshConfig, ParallelConfig, nearest
+from jaxpar.config import AXES, MeshConfig, ParallelConfig, nearest
+from jaxpar.dimensions import Dimensions
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Logical dimension -> mesh axes. Parameters and activations are laid out by the same table.
-
-    `embed` is the model dimension of an activation or of a gathered weight; `embed_fsdp` that of a
-    stored weight. `residual_seq` is the sequence dimension of the residual stream, `seq` that of
-    everything between the tensor-parallel matmuls.
-    """
-
-    batch: tuple[str, ...] = BATCH_AXES
-    seq: tuple[str, ...] = ("sequence",)
-    residual_seq: tuple[str, ...] = ("sequence", "tensor")
-    embed: tuple[str, ...] = ()
-    embed_fsdp: tuple[str, ...] = ("fsdp",)
-    heads: tuple[str, ...] = ("tensor",)
-    kv_heads: tuple[str, ...] = ("tensor",)
-    head_dim: tuple[str, ...] = ()
-    ffn: tuple[str, ...] = ("tensor",)
-    vocab: tuple[str, ...] = ("tensor",)
-    layers: tuple[str, ...] = ()
-    microbatch: tuple[str, ...] = ()
+class Rules(Dimensions):
+    """Which mesh axes each logical dimension lies on, and the sharding that follows."""
 
     @classmethod
-    def make(cls, parallel: ParallelConfig) -> "Rules":
-        """The table for a run on the current mesh: without sequence parallelism the residual is
-        replicated over `tensor`; with ZeRO-1 what is stored is sharded over `data` too; stages
-        share layers and vocabulary."""
-        staged = (
-            ("pipeline",) if jax.sharding.get_abstract_mesh().shape.get("pipeline", 1) > 1 else ()
-        )
-        return cls(
-            layers=staged,
-            vocab=(*staged, "tensor"),
-            residual_seq=("sequence", "tensor") if parallel.sequence_parallel else ("sequence",),
-            embed_fsdp=("fsdp", "data") if parallel.optimizer_sharding == "data" else ("fsdp",),
-        )
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """The axes over which the tokens of the residual are spread."""
-        return self.batch + self.residual_seq
+    def make(cls, parallel: ParallelConfig) -> Self:
+        """The table for a run on the current mesh."""
+        return cls.of(parallel, jax.sharding.get_abstract_mesh().shape.get("pipeline", 1))
 
     def spec(
         self, *names: str | None, reduced: Iterable[str] = (), unreduced: Iterable[str] = ()

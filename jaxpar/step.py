@@ -17,7 +17,8 @@ from jaxpar.data.batches import Batch
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer, schedule, to_device, to_host
 from jaxpar.parallel import layers, reduce
-from jaxpar.tree import named_leaves
+from jaxpar.parameters import TABLE, in_layers
+from jaxpar.tree import leaf_name, named_leaves
 
 # M microbatches, B sequences of one microbatch over all devices, S sequence.
 
@@ -137,12 +138,11 @@ def enter(model: Llama, config: Config) -> Any:
     """The model as the microbatches of a step use it; see `reduce.enter_step`."""
     layout, per_step = model.layout, config.parallel.gather == "per_step"
 
-    def enter_leaf(weight: jax.Array) -> jax.Array:
-        return reduce.enter_step(
-            weight, layout.rules.token_axes, layout.dtype, gather_fsdp=per_step
-        )
+    def enter_leaf(path: Any, weight: jax.Array) -> jax.Array:
+        summed = layout.rules.axes(TABLE[leaf_name(path)].summed)
+        return reduce.enter_step(weight, summed, layout.dtype, gather_fsdp=per_step)
 
-    return jax.tree.map(enter_leaf, model)
+    return jax.tree_util.tree_map_with_path(enter_leaf, model)
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -214,7 +214,7 @@ def gradient_norms(gradients: Llama) -> dict[str, jax.Array]:
     layers."""
 
     def norm(name: str, g: jax.Array) -> jax.Array:
-        dims = range(int(name.startswith("layers.")), g.ndim)
+        dims = range(int(in_layers(name)), g.ndim)
         return jnp.sqrt(jnp.sum(jnp.square(g.astype(jnp.float32)), axis=dims))
 
     return {name: norm(name, g) for name, g in named_leaves(gradients).items()}

@@ -22,6 +22,7 @@ COMMANDS = {"train", "verify", "plan", "explain", "prepare", "generate", "__main
 # The core, which is flat: a module may import those above its line, not those beside it.
 CORE = """
     config tree
+    dimensions
     show validation xla parameters
     sharding optimizer
     cli metrics
@@ -38,7 +39,9 @@ MAY = {
     "data": {"data", "config", "sharding"},
     "kernels": {"kernels"},
     "parallel": {"parallel", "kernels", "sharding"},
-    "estimate": {"estimate", "config", "validation", "parameters", "parallel/timetable"},
+    "estimate": {
+        *("estimate", "config", "validation", "dimensions", "parameters", "parallel/timetable"),
+    },
     "report": {
         *("report", "estimate", "parallel/timetable", "config", "validation", "tree"),
         *("cli", "sharding", "compile"),
@@ -51,6 +54,8 @@ STRICTER = {
     "show": {"tree"},
     "validation": {"config"},
     "tree": set(),
+    "dimensions": {"config"},
+    "parameters": {"config", "dimensions"},
     "parallel/timetable": set(),
     "report/hlo": set(),
     "report/apart": {"config", "estimate"},
@@ -83,7 +88,17 @@ NO_JAX = (
     ),
     *("parallel/timetable", "report/apart", "report/page", "report/gantt"),
     *("data/sources", "data/tokenizer", "data/shards", "data/windows", "data/corpus"),
-    *("config", "validation", "cli", "plan", "explain", "__init__", "__main__"),
+    *(
+        "config",
+        "dimensions",
+        "parameters",
+        "validation",
+        "cli",
+        "plan",
+        "explain",
+        "__init__",
+        "__main__",
+    ),
 )
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 

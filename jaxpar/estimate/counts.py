@@ -6,10 +6,11 @@ dim, F ffn dim, V vocabulary.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 from jaxpar.config import BATCH_AXES, Config, MeshConfig, ModelConfig
+from jaxpar.dimensions import size_of
+from jaxpar.parameters import parameters
 
 Shape = tuple[int, ...]
 
@@ -19,48 +20,22 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @functools.cache
 def parameter_shapes(model: ModelConfig) -> Mapping[str, Shape]:
-    """Every parameter by its name in checkpoints (without the leading `model.`); layers are
-    stacked."""
-    V, D, L, H, F = model.vocab_size, model.dim, model.layers, model.heads, model.ffn_dim
-    G = model.kv_heads or H
-    K = model.head_dim or D // H
-    shapes: dict[str, Shape] = {
-        "embedding": (V, D),
-        "layers.attention_norm.scale": (L, D),
-        "layers.attention.query": (L, D, H, K),
-        "layers.attention.key": (L, D, G, K),
-        "layers.attention.value": (L, D, G, K),
-        "layers.attention.out": (L, D, H, K),
-        "layers.mlp_norm.scale": (L, D),
-        "layers.mlp.gate": (L, D, F),
-        "layers.mlp.up": (L, D, F),
-        "layers.mlp.down": (L, D, F),
-        "norm.scale": (D,),
-        "head": (D, V),
-    }
-    if model.tie_embeddings:
-        del shapes["head"]
-    return shapes
-
-
-@functools.cache
-def matrix_sizes(model: ModelConfig) -> Mapping[str, int]:
-    """Elements of every parameter that is multiplied; norm scales are left out."""
-    return {
-        name: math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)
-    }
+    """Shape of every parameter by its name in checkpoints (without the leading `model.`); layers
+    are stacked."""
+    return {name: row.shape(model) for name, row in parameters(model).items()}
 
 
 @functools.cache
 def layer_elements(model: ModelConfig) -> int:
     """Elements of the matrices of all layers."""
-    return sum(size for name, size in matrix_sizes(model).items() if name.startswith("layers."))
+    rows = parameters(model).values()
+    return sum(row.size(model) for row in rows if row.in_layers and row.contracts)
 
 
 @functools.cache
 def parameter_count(model: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
-    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    return sum(row.size(model) for row in parameters(model).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +79,14 @@ class Flops:
 def step_flops(config: Config) -> Flops:
     """Model FLOPs of one optimizer step over the global batch."""
     model, S = config.model, config.data.sequence_length
-    shapes = parameter_shapes(model)
-    layers = sum(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if name.startswith("layers.") and is_matrix(name)
-    )
-    _, _, H, K = shapes["layers.attention.query"]
+    H, K = model.heads, size_of("head_dim", model)
     square = 12 * model.layers * H * K * S  # 3 x (QK and AV) x 2 operations a multiply-add
     return Flops(
-        matmul=6 * (layers + model.dim * model.vocab_size),
+        matmul=6 * (layer_elements(model) + model.dim * model.vocab_size),
         attention=square // 2,
         attention_square=square,
         tokens=config.train.batch_size * S,
     )
-
-
-def is_matrix(name: str) -> bool:
-    return not name.endswith(".scale")
 
 
 def describe_batch(config: Config, mesh: MeshConfig) -> str:

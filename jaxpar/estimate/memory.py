@@ -5,8 +5,11 @@ import dataclasses
 import functools
 import math
 
-from jaxpar.config import Config, MeshConfig, ModelConfig
-from jaxpar.estimate.counts import ITEMSIZE, Shape, is_matrix, layer_elements, parameter_shapes
+from jaxpar.config import Config, MeshConfig, ModelConfig, ParallelConfig
+from jaxpar.dimensions import Dimensions
+from jaxpar.estimate.counts import ITEMSIZE, layer_elements
+from jaxpar.parameters import FACTORED_FROM, Parameter
+from jaxpar.parameters import parameters as table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,24 +163,27 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and
     their `total`.
 
-    Matrices and their optimizer state are sharded over `fsdp` and `tensor`, with ZeRO-1 over `data`
-    too, and replicated over the other axes; norm scales are replicated, and Adafactor's row and
-    column statistics, which are small, are counted as if they were. Gradients are those that are
-    added up over microbatches, in `precision.grad_reduce`. Step counters of a few bytes and weights
-    that are gathered once a step are left out.
+    Parameters and their optimizer state are sharded as their dimensions lie, which is over `fsdp`
+    and `tensor`, with ZeRO-1 over `data` too, and replicated over the other axes; Adafactor's row
+    and column statistics, which are small, are counted as if they were on every device. Gradients
+    are those that are added up over microbatches, in `precision.grad_reduce`. Step counters of a
+    few bytes and weights that are gathered once a step are left out.
     """
     item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
-    stored_shards = (
-        mesh.tensor * mesh.fsdp * (mesh.data if config.parallel.optimizer_sharding == "data" else 1)
+    parallel = config.parallel
+    parts = _stored(
+        config.model, config.optimizer.name, parallel.optimizer_sharding, mesh.pipeline > 1
     )
-    gradient_shards = mesh.tensor * (1 if config.parallel.gather == "per_step" else mesh.fsdp)
+    gathered = ("data", "fsdp") if parallel.gather == "per_step" else ("data",)
     parameters = optimizer = gradients = 0
-    for name, size, matrix, sharded, replicated in _elements(config.model, config.optimizer.name):
-        split, gradient_split = (stored_shards, gradient_shards) if matrix else (1, 1)
-        stages = 1 if name == "norm.scale" else mesh.pipeline
-        split, gradient_split = split * stages, gradient_split * stages
+    for axes, size, sharded, replicated in parts:
+        split = math.prod(getattr(mesh, axis) for axis in axes)
         parameters += item * size // split
-        gradients += sum_item * size // gradient_split
+        gradients += (
+            sum_item
+            * size
+            // math.prod(getattr(mesh, axis) for axis in axes if axis not in gathered)
+        )
         optimizer += item * (sharded // split + replicated)
     return {
         "parameters": parameters,
@@ -187,14 +193,26 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     }
 
 
+def update_bytes(config: Config, mesh: MeshConfig) -> int:
+    """Bytes that a device reads and writes in one update: the gradient is read, parameter and
+    optimizer state are read and written. What an optimizer sends is among the transfers."""
+    state = state_bytes(config, mesh)
+    return 3 * state["parameters"] + 2 * state["optimizer"]
+
+
 @functools.cache
-def _elements(model: ModelConfig, optimizer: str) -> list[tuple[str, int, bool, int, int]]:
-    """Of every parameter: its name, elements, whether it is a matrix, and elements of optimizer
-    state."""
-    return [
-        (name, math.prod(shape), is_matrix(name), *_optimizer_elements(optimizer, name, shape))
-        for name, shape in parameter_shapes(model).items()
-    ]
+def _stored(
+    model: ModelConfig, optimizer: str, optimizer_sharding: str, staged: bool
+) -> tuple[tuple[tuple[str, ...], int, int, int], ...]:
+    """Mesh axes, and of all parameters that lie on them: elements, and elements of optimizer state
+    that are laid out like them, and that are on every device."""
+    dims = Dimensions.of(ParallelConfig(optimizer_sharding=optimizer_sharding), 1 + staged)
+    sums: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for row in table(model).values():
+        axes = tuple(sorted(dims.axes(row.dims)))
+        counts = (row.size(model), *_optimizer_elements(optimizer, row, model))
+        sums[axes] = tuple(map(sum, zip(sums.get(axes, (0, 0, 0)), counts, strict=True)))
+    return tuple((axes, *counts) for axes, counts in sums.items())
 
 
 def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
@@ -256,18 +274,14 @@ def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
     return log_sum_exp + (result if parallel.context == "ulysses" else 0)
 
 
-_SMALLEST_FACTORED = 32  # min_dim_size_to_factor in optimizer.py, which imports jax
-
-
-def _optimizer_elements(optimizer: str, name: str, shape: Shape) -> tuple[int, int]:
+def _optimizer_elements(optimizer: str, row: Parameter, model: ModelConfig) -> tuple[int, int]:
     """Elements of optimizer state of one parameter: laid out like it, and on every device."""
-    size = math.prod(shape)
-    if optimizer == "muon":  # momentum for hidden matrices; embedding, head and norms take Adam
-        hidden = name.startswith("layers.") and is_matrix(name)
-        return (size if hidden else 2 * size), 0
+    size = row.size(model)
+    if optimizer == "muon":  # momentum, or the two moments of Adam
+        return (size if row.orthogonalized else 2 * size), 0
     if optimizer == "adafactor":  # each layer by itself
-        own = sorted(shape[1:] if name.startswith("layers.") else shape)
-        if len(own) < 2 or own[-2] < _SMALLEST_FACTORED:
+        own = sorted(row.shape(model)[int(row.in_layers) :])
+        if len(own) < 2 or own[-2] < FACTORED_FROM:
             return size, 0
         return 0, size // own[-1] + size // own[-2]
     return {"adamw": 2, "lion": 1, "sgd": 1}[optimizer] * size, 0

@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import math
 
-from jaxpar.config import AXES, Config, MeshConfig
-from jaxpar.estimate.counts import ITEMSIZE, parameter_count, parameter_shapes, step_flops
+from jaxpar.config import AXES, Config, MeshConfig, ModelConfig
+from jaxpar.estimate.counts import ITEMSIZE, step_flops
 from jaxpar.estimate.hardware import Hardware
+from jaxpar.estimate.memory import update_bytes
 from jaxpar.estimate.traffic import Transfer, transfers
 from jaxpar.parallel.timetable import turns
+from jaxpar.parameters import parameters
 
 HIDDEN = 0.90
 """Of the computation beside which collectives can run that nothing waits for; they slow it down a
@@ -114,18 +116,14 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
         * (10 * whole + (4 * model.ffn_dim + 4 * model.heads * model.head_dim) / mesh.tensor)
     )
     elementwise = tokens * moved * model.layers / mesh.pipeline / bandwidth
-    zero = mesh.data if config.parallel.optimizer_sharding == "data" else 1
-    stored = parameter_count(model) / (shards * mesh.fsdp * zero)
-    update = (
-        28 * stored / bandwidth
-    )  # AdamW: gradient, parameter and two moments, the last three read and written
+    update = update_bytes(config, mesh) / bandwidth
     return matmul, attention, elementwise + update
 
 
 def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
     """Operations a token of all devices together, recomputation included, and the narrowest side on
     one device."""
-    model, shapes = config.model, parameter_shapes(config.model)
+    model = config.model
     again, parallel, M = (
         recomputed(config, mesh.pipeline),
         config.parallel,
@@ -140,23 +138,18 @@ def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float,
     found: list[tuple[float, float]] = [
         (head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))
     ]
-    for name, label in LABELS.items():
-        operations = 6 * math.prod(shapes[f"layers.{name}"]) + again.get(label, 0)
-        across = math.prod(shapes[f"layers.{name}"][2:]) / mesh.tensor  # every one has [L, D, ...]
+    for label, size in _products(model):
+        operations = 6 * size + again.get(label, 0)
+        across = size / (model.layers * model.dim * mesh.tensor)  # every one is [L, D, ...]
         found.append((operations, min(rows, model.dim, across)))
     return found
 
 
-LABELS = {
-    "attention.query": "query",
-    "attention.key": "key",
-    "attention.value": "value",
-    "attention.out": "attention_output",
-    "mlp.gate": "gate",
-    "mlp.up": "up",
-    "mlp.down": "down",
-}
-"""Weights, and what they make, as remat names it."""
+@functools.cache
+def _products(model: ModelConfig) -> tuple[tuple[str, int], ...]:
+    """What the matrices of layers make, as remat names it, and their elements."""
+    rows = parameters(model).values()
+    return tuple((row.makes, row.size(model)) for row in rows if row.in_layers and row.contracts)
 
 
 def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
@@ -164,8 +157,7 @@ def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
     matmul's result, and `attention` (its causal half). A pipeline stage starts from its stored
     input, so it does everything once more."""
     model, kept = config.model, config.memory.kept + config.memory.offloaded
-    shapes = parameter_shapes(model)
-    costs = {label: 2 * math.prod(shapes[f"layers.{name}"]) for name, label in LABELS.items()}
+    costs = {label: 2 * size for label, size in _products(model)}
     costs["attention"] = (
         2 * model.layers * model.heads * model.head_dim * config.data.sequence_length
     )

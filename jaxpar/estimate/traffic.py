@@ -7,11 +7,15 @@ few numbers (the loss, the norm) are left out.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 
-from jaxpar.config import Config, MeshConfig
-from jaxpar.estimate.counts import ITEMSIZE, layer_elements, matrix_sizes, parameter_count
+from jaxpar.config import AXES, Config, MeshConfig, ModelConfig, ParallelConfig
+from jaxpar.dimensions import Dimensions
+from jaxpar.estimate.counts import ITEMSIZE, layer_elements
 from jaxpar.parallel.timetable import turns
+from jaxpar.parameters import parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +78,8 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
     """Gathers of weights, reductions of their gradients."""
     model, parallel = config.model, config.parallel
     compute, summed = ITEMSIZE[config.precision.compute], ITEMSIZE[config.precision.grad_reduce]
-    sizes = matrix_sizes(model)
     layers = layer_elements(model) / (mesh.tensor * mesh.pipeline)
-    embedding = sizes["embedding"] / (mesh.tensor * mesh.pipeline)
+    embedding = model.vocab_size * model.dim / (mesh.tensor * mesh.pipeline)
     ends = embedding * (1 if model.tie_embeddings else 2)
     layer = layers * mesh.pipeline / model.layers
     zero = parallel.optimizer_sharding == "data" and mesh.data > 1
@@ -105,10 +108,34 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
     axes = ("data",) if mesh.data > 1 and not zero else ()
     axes += tuple(axis for axis in ("expert", "sequence") if getattr(mesh, axis) > 1)
     yield Transfer("all-reduce", axes, left, 1)
-    scales = summed * (parameter_count(model) - sum(sizes.values()))
-    spread = [axis for axis in ("data", "fsdp", "expert", "sequence") if getattr(mesh, axis) > 1]
-    spread += ["tensor"] * (mesh.tensor > 1 and parallel.sequence_parallel)
-    yield Transfer("all-reduce", tuple(spread), scales / mesh.pipeline, 1)
+    replicated = _replicated(
+        model, parallel.sequence_parallel, parallel.optimizer_sharding, mesh.pipeline > 1
+    )
+    for left_open, own, size in replicated:
+        axes = tuple(axis for axis in left_open if getattr(mesh, axis) > 1)
+        yield Transfer(
+            "all-reduce", axes, summed * size / math.prod(getattr(mesh, axis) for axis in own), 1
+        )
+
+
+@functools.cache
+def _replicated(
+    model: ModelConfig, sequence_parallel: bool, optimizer_sharding: str, staged: bool
+) -> tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...]:
+    """Axes over which gradients are summed, axes on which they lie, and elements of all parameters
+    that are not sharded over fsdp, as norm scales are not."""
+    parallel = ParallelConfig(
+        sequence_parallel=sequence_parallel, optimizer_sharding=optimizer_sharding
+    )
+    table = Dimensions.of(parallel, 1 + staged)
+    sums: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+    for row in parameters(model).values():
+        if "embed_fsdp" not in row.dims:
+            # In the region of a pipeline all that lies on several devices is a sum over them.
+            own, summed = table.axes(row.dims), AXES if staged else table.axes(row.summed)
+            left_open = tuple(axis for axis in AXES if axis in summed and axis not in own)
+            sums[left_open, own] = sums.get((left_open, own), 0) + row.size(model)
+    return tuple((*axes, size) for axes, size in sums.items())
 
 
 def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:

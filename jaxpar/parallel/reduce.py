@@ -18,17 +18,17 @@ from jax.sharding import PartitionSpec, reshard
 
 
 def enter_step(
-    weight: jax.Array, token_axes: Iterable[str], dtype: jnp.dtype, *, gather_fsdp: bool
+    weight: jax.Array, summed: Iterable[str], dtype: jnp.dtype, *, gather_fsdp: bool
 ) -> jax.Array:
     """The weight as the microbatches of a step use it.
 
     It is gathered over `data` where it is stored sharded there (ZeRO-1), and over `fsdp` with
     `gather_fsdp`, in the compute dtype; and it is typed so that its gradient stays a partial sum
-    over every axis that spreads tokens but not the weight.
+    over every axis that spreads what it meets but not the weight itself.
 
     Args:
       weight: as stored, any rank.
-      token_axes: the axes over which the tokens of the residual are spread.
+      summed: the axes over which the activations that the weight meets are spread.
       dtype: compute dtype, of what travels.
       gather_fsdp: gather once a step instead of in every layer.
 
@@ -41,7 +41,7 @@ def enter_step(
     entries = [_without(entry, gathered) for entry in spec.partitions]
     if entries != list(spec.partitions):
         weight = weight.astype(dtype)
-    return reshard(weight, PartitionSpec(*entries, reduced=set(token_axes) - _axes(entries)))
+    return reshard(weight, PartitionSpec(*entries, reduced=set(summed) - _axes(entries)))
 
 
 def zero_gradient(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
