@@ -207,12 +207,12 @@ def _stored(
     """Mesh axes, and of all parameters that lie on them: elements, and elements of optimizer state
     that are laid out like them, and that are on every device."""
     dims = Dimensions.of(ParallelConfig(optimizer_sharding=optimizer_sharding), 1 + staged)
-    sums: dict[tuple[str, ...], tuple[int, ...]] = {}
+    sums: dict[tuple[str, ...], list[int]] = {}
     for row in table(model).values():
-        axes = tuple(sorted(dims.axes(row.dims)))
-        counts = (row.size(model), *_optimizer_elements(optimizer, row, model))
-        sums[axes] = tuple(map(sum, zip(sums.get(axes, (0, 0, 0)), counts, strict=True)))
-    return tuple((axes, *counts) for axes, counts in sums.items())
+        total = sums.setdefault(tuple(sorted(dims.axes(row.dims))), [0, 0, 0])
+        counted = (row.size(model), *_optimizer_elements(optimizer, row, model))
+        total[:] = map(sum, zip(total, counted, strict=True))
+    return tuple((axes, size, like, whole) for axes, (size, like, whole) in sums.items())
 
 
 def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
