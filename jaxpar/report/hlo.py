@@ -1,5 +1,4 @@
-"""Reads compiled HLO text: collectives by mesh axis and source line, FLOPs, and what lives at the
-peak of memory."""
+"""Reads compiled HLO text: collectives by mesh axis and source line, and FLOPs."""
 
 import dataclasses
 import itertools
@@ -12,22 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ITEMSIZE = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
+_NAMES = {
+    0: "token opaque",
+    8: "pred s1 u1 s2 u2 s4 u4 s8 u8 f4e2m1fn f8e3m4 f8e4m3 f8e4m3fn f8e4m3fnuz f8e4m3b11fnuz f8e5m2 "
+    "f8e5m2fnuz f8e8m0fnu",
+    16: "s16 u16 f16 bf16",
+    32: "s32 u32 f32",
+    64: "s64 u64 f64 c64",
+    128: "c128",
 }
+_BITS = {name: bits for bits, names in _NAMES.items() for name in names.split()}
+"""Bits that an element takes: at least eight, but where the layout packs narrower ones."""
 
-_SHAPE = re.compile(r"\b(" + "|".join(ITEMSIZE) + r")\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\((.*)")
+_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*[a-z])\((.*)")
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -53,19 +50,6 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Buffer:
-    """One array that lives when memory is at its peak. `operation` is jax's name for what made it;
-    of an argument it is the path of the leaf."""
-
-    name: str
-    shape: str
-    bytes: int
-    operation: str
-    source: str
-    argument: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Instruction:
     """What a step runs `count` times, in `depth` nested loops, a branch as if it was taken every
     time, and at least: a loop whose length depends on the data counts as one turn, and `known` says
@@ -86,7 +70,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
     A combined collective (a tuple) counts as one, with the bytes of all its parts.
     """
-    groups, source = _axis_groups(mesh), _Sources(text)
+    groups, source = _axis_groups(mesh), Sources(text)
     everything = list(instructions(text))
     made_by = {found.name: found.rest for found in everything}
     return [
@@ -101,64 +85,33 @@ def flops(text: str) -> int:
     of cuBLAS calls and of cuDNN's fused attention (as if every query saw every key). What remat
     repeats is in them; loops whose length depends on the data (attention of packed documents,
     several at a time) count as one turn."""
-    computations, _ = _computations(text)
+    computations, _ = computations_of(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
     for found in instructions(text):
         if found.operation != "dot" and "custom_call_target" not in found.rest:
             continue
         if found.computation not in types:
-            lines = map(_INSTRUCTION.match, computations[found.computation])
+            lines = map(INSTRUCTION.match, computations[found.computation])
             types[found.computation] = {match[1]: match[2] for match in lines if match}
-        operands = [types[found.computation].get(name, "") for name in _operands(found.rest)]
+        operands = [types[found.computation].get(name, "") for name in operands_of(found.rest)]
         total += found.count * _matmul_flops(found, operands)
     return total
-
-
-def peak_buffers(live_ranges: str, text: str) -> list[Buffer]:
-    """What lives at the peak, largest first.
-
-    Args:
-      live_ranges: XLA's dump `*-live-range.txt`.
-      text: the module's text.
-    """
-    match = re.search(r"Live ranges at \d+ \(peak\):\n(.*?)(?:\n  \S|\Z)", live_ranges, re.S)
-    assert match, "no peak in the live ranges"
-    computations, entry = _computations(text)
-    source, lines = _Sources(text), {}
-    for name, body in computations.items():
-        lines |= {
-            found[1]: (found, name == entry) for found in map(_INSTRUCTION.match, body) if found
-        }
-    buffers = []
-    for name, index, size in re.findall(r"^ +([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", match[1], re.M):
-        found, in_entry = lines.get(name, (None, False))
-        rest = found[4] if found else ""
-        parts = _types(found[2]) if found else []
-        shape = parts[int(index.split(",")[0])] if index and parts else ", ".join(parts[:1])
-        operation = re.search(r'op_name="([^"]*)"', rest)
-        argument = bool(found) and in_entry and found[3] == "parameter"
-        buffers.append(
-            Buffer(
-                name, shape, int(size), operation[1] if operation else "", source.of(rest), argument
-            )
-        )
-    return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
 def instructions(text: str) -> Iterator[Instruction]:
     """Every instruction of a compiled module, walked from its entry through loops, calls and
     fusions."""
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     lines = {
         match[1]: match
         for body in computations.values()
         for line in body
-        if (match := _INSTRUCTION.match(line))
+        if (match := INSTRUCTION.match(line))
     }
 
     def walk(name: str, count: int, depth: int, known: bool) -> Iterator[Instruction]:
-        for match in filter(None, map(_INSTRUCTION.match, computations[name])):
+        for match in filter(None, map(INSTRUCTION.match, computations[name])):
             found = Instruction(name, match[1], match[2], match[3], match[4], count, depth, known)
             yield found
             if found.operation == "while":
@@ -172,7 +125,7 @@ def instructions(text: str) -> Iterator[Instruction]:
                     known and trips is not None,
                 )
             elif found.operation == "conditional":
-                for branch in _branches(found.rest):
+                for branch in branches_of(found.rest):
                     yield from walk(branch, count, depth, known)
             elif found.operation in ("call", "fusion", "async-start"):
                 for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", found.rest):
@@ -181,7 +134,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     return walk(entry, 1, 0, True)
 
 
-def _branches(rest: str) -> list[str]:
+def branches_of(rest: str) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
     named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
     return [name.strip(" %") for name in listed[1].split(",")] if listed else named
@@ -203,7 +156,7 @@ def _trips(
     for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(text)):
         text += computations[called]
     bound = re.search(r"s32\[\] constant\((\d+)\)", "\n".join(text))
-    start = _constant(_operands(lines[_operands(found.rest)[0]][4])[int(place[1])], lines)
+    start = _constant(operands_of(lines[operands_of(found.rest)[0]][4])[int(place[1])], lines)
     if not bound or start is None or "direction=LT" not in "\n".join(text):
         return None
     return int(bound[1]) - start
@@ -214,17 +167,43 @@ def _constant(name: str, lines: dict[str, re.Match]) -> int | None:
     while name in lines and lines[name][3] in ("copy", "bitcast", "constant"):
         if lines[name][3] == "constant":
             return int(lines[name][4].partition(")")[0])
-        name = _operands(lines[name][4])[0]
+        name = operands_of(lines[name][4])[0]
     return None
 
 
-def _operands(rest: str) -> list[str]:
+def operands_of(rest: str) -> list[str]:
     return re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
 
 
-def _types(result: str) -> list[str]:
-    """`dtype[dims]` of every array of a result."""
-    return [f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(result)]
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """The type of one array of a result."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+def arrays(result: str) -> list[Array]:
+    """Every array of the type of a result, however deep in tuples.
+
+    Raises:
+      ValueError: a dtype whose size is not known.
+    """
+    found = []
+    for dtype, text, layout in _SHAPE.findall(result):
+        if dtype not in _BITS:
+            raise ValueError(
+                f"XLA's dtype {dtype} is not known to jaxpar/report/hlo.py: add its size there"
+            )
+        dims = tuple(int(n) for n in text.split(",") if n)
+        packed = re.search(r"E\((\d+)\)", layout)
+        bits = int(packed[1]) if packed else _BITS[dtype]
+        found.append(Array(dtype, dims, -(-bits * math.prod(dims) // 8)))
+    return found
 
 
 def _matmul_flops(found: Instruction, operands: list[str]) -> int:
@@ -244,12 +223,12 @@ def _matmul_flops(found: Instruction, operands: list[str]) -> int:
 
 
 def _dims(text: str) -> tuple[int, ...]:
-    match = _SHAPE.search(text)
-    assert match, f"no shape in {text[:100]}"
-    return tuple(int(n) for n in match[2].split(",") if n)
+    found = arrays(text)
+    assert found, f"no shape in {text[:100]}"
+    return found[0].dims
 
 
-class _Sources:
+class Sources:
     """The source lines of a module, from the tables at its head."""
 
     def __init__(self, text: str):
@@ -284,6 +263,16 @@ class _Sources:
             return f"{name}:{line} {function.replace('.<locals>', '')}"
         return ""
 
+    def files(self, rest: str) -> set[str]:
+        """The files of this package through which the call of an instruction went."""
+        match = re.search(r"stack_frame_id=(\d+)", rest)
+        frames = self._stack(int(match[1])) if match else ()
+        return {
+            Path(file).relative_to(_PACKAGE).as_posix()
+            for file, _, _ in frames
+            if file.startswith(_PACKAGE)
+        }
+
     def _stack(self, number: int) -> Iterator[tuple[str, str, str]]:
         while number in self._frames:
             location, parent = self._frames[number]
@@ -296,7 +285,7 @@ def _described(rest: str, made_by: dict[str, str], steps: int = 8) -> str:
     """The instruction, or if it was combined of several and so has no source, the nearest of its
     operands that has."""
     for _ in range(steps):
-        operands = _operands(rest)
+        operands = operands_of(rest)
         if "stack_frame_id" in rest or not operands:
             break
         rest = made_by.get(operands[0], "")
@@ -311,13 +300,12 @@ def _phase(rest: str) -> str:
 
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
-    """Every (dtype, shape) that a module mentions."""
-    return {
-        (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)
-    }
+    """Every (dtype, shape) that an instruction of a module makes."""
+    found = (INSTRUCTION.match(line) for body in computations_of(text)[0].values() for line in body)
+    return {(array.dtype, array.dims) for line in found if line for array in arrays(line[2])}
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     computations: dict[str, list[str]] = {}
     entry, lines = "", None
     for line in text.splitlines():
@@ -335,15 +323,12 @@ def _collective(
     kind: str,
     found: Instruction,
     groups: dict[frozenset, tuple[str, ...]],
-    source: _Sources,
+    source: Sources,
     described: str,
 ) -> Collective:
     result, rest, start = found.result, found.rest, found.operation.endswith("-start")
-    parts = [
-        (dtype, math.prod(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _SHAPE.findall(result)
-    ]
-    sizes = [ITEMSIZE[dtype] * n for dtype, n in parts]
+    parts = arrays(result)
+    sizes = [part.bytes for part in parts]
     # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts
     # give results alone.
     if start and (kind != "all-reduce" or result.startswith("((")):
@@ -358,7 +343,7 @@ def _collective(
     return Collective(
         kind,
         groups.get(group, ("?",)),
-        "+".join(sorted({dtype for dtype, _ in parts})),
+        "+".join(sorted({part.dtype for part in parts if part.bytes})),
         total,
         found.count,
         found.depth,
