@@ -143,8 +143,7 @@ def memory_table(report: dict[str, Any]) -> Table:
         if not size:
             continue
         bar = "█" * round(40 * size / max(memory["peak"], room or 0))
-        name = PART_NAMES[name] if size >= 0 else "less what lies in donated buffers"
-        table.add_row(name, human(size), bar)
+        table.add_row(PART_NAMES[name], human(size), bar)
     return table
 
 

@@ -128,11 +128,7 @@ def as_json(candidate: Candidate, best: Candidate, hardware: Hardware) -> dict[s
 
 
 def _memory(parts: Mapping[str, int], total: int) -> dict[str, int]:
-    names = {"parameters": "params", "vocabulary": "logits"}
-    return {names.get(name, name): size for name, size in parts.items()} | {
-        "reserve": RESERVE,
-        "total": total,
-    }
+    return {**parts, "reserve": RESERVE, "total": total}
 
 
 def verify(

@@ -15,15 +15,15 @@ from jaxpar.parameters import parameters as table
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """Bytes of a device when it holds the most. `gradients`: sums, and of entered weights those
-    that are cast to them; `activations`: kept for the backward pass; `vocabulary`: chunk of logits,
+    that are cast to them; `activations`: kept for the backward pass; `logits`: a chunk of them,
     head and embedding as gathered, and their gradients; `weights`: as gathered; `stash`: inputs of
     pipeline stages that wait for their backward pass; `working`: what the layer at work needs."""
 
-    parameters: int
+    params: int
     optimizer: int
     gradients: int
     activations: int
-    vocabulary: int
+    logits: int
     weights: int
     stash: int
     working: int
@@ -38,18 +38,20 @@ RESERVE = 2 * 2**30
 """Bytes of a GPU that no program gets: the CUDA context and NCCL's buffers, 1 to 2 GiB."""
 
 PART_NAMES = {
-    "parameters": "parameters",
+    "params": "parameters",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "activations": "activations kept for the backward pass",
-    "vocabulary": "logits, head and embedding",
+    "logits": "logits, head and embedding",
     "weights": "gathered weights",
     "stash": "inputs of pipeline stages",
     "working": "what the layer at work needs",
     "batch": "the batch",
     "gaps": "gaps between buffers",
 }
-"""The parts of memory, in words."""
+"""The parts of memory, by their names in JSON, in words. Of compiled steps `gradients` has what
+the update makes of them too, `working` the gradients of the layer at work, and `gaps` is what lies
+between buffers, because they cannot all be packed; arithmetic has none."""
 
 # What cannot be told from the program alone, but only from what XLA makes of it; found by comparing
 # with compiled steps (docs/predictions.md says how well).
@@ -107,9 +109,7 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     backward = dict(
         gradients=gradients,
         activations=activations,
-        vocabulary=compute * ends
-        if mesh.pipeline > 1
-        else 0,  # the head's gradient waits to be added
+        logits=compute * ends if mesh.pipeline > 1 else 0,  # the head's gradient waits to be added
         weights=entered + int(in_layer * compute * layer),
         working=int(_WORKING * sum(sizes.values())),
     )
@@ -117,17 +117,17 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     loss = dict(
         gradients=gradients if train.microbatches > 1 else 0,
         activations=activations if in_flight else 0,
-        vocabulary=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards
+        logits=_LOGITS * min(config.loss.chunk, tokens) * model.vocab_size // shards
         + (compute + 4) * ends,
         weights=entered,
         working=3 * residual,
     )
     embedding = dict(
-        gradients=gradients, vocabulary=(compute + 4) * ends, weights=entered, working=residual
+        gradients=gradients, logits=(compute + 4) * ends, weights=entered, working=residual
     )
     worst = max(backward, loss, embedding, key=lambda moment: sum(moment.values()))
     return Peak(
-        parameters=state["parameters"],
+        params=state["parameters"],
         optimizer=0 if config.memory.offload_optimizer else state["optimizer"],
         stash=_stash(config, mesh) * sizes["residual"],
         batch=16

@@ -6,25 +6,25 @@ where it meets what it cannot do, and says on file descriptor 2 what it could no
 apart, and its parent reads both.
 """
 
+import dataclasses
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxpar import cli
 from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig, from_mapping
 from jaxpar.estimate.hardware import Hardware, Rates
+from jaxpar.estimate.memory import PART_NAMES
 from jaxpar.estimate.timing import collective_seconds
-from jaxpar.parallel.timetable import timetable
 from jaxpar.report import hlo
+from jaxpar.report.buffers import Buffer, at_peak
 from jaxpar.sharding import make_mesh
 from jaxpar.tree import named_leaves
 from jaxpar.validation import resolve_mesh, validate_mesh
@@ -48,11 +48,7 @@ def account(
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None
     sizes = MeshConfig(*mesh.devices.shape)
-    state = {
-        f"state.{name}": leaf
-        for name, leaf in named_leaves(abstract_state(config, mesh)).items()
-        if leaf.ndim
-    }
+    state = named_leaves(abstract_state(config, mesh))
     peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak += stats.temp_size_in_bytes
     device = mesh.devices.flat[0]
@@ -70,7 +66,7 @@ def account(
         },
         "by_parameter": [
             {
-                "name": name.removeprefix("state."),
+                "name": name,
                 "shape": list(leaf.shape),
                 "dtype": str(leaf.dtype),
                 "sharding": str(leaf.sharding.spec),
@@ -79,30 +75,16 @@ def account(
                 * leaf.dtype.itemsize,
             }
             for name, leaf in state.items()
+            if leaf.ndim
         ],
         "collectives": collectives_of(text, mesh, hardware),
         "flops": hlo.flops(text),
         "compile_seconds": seconds,
     }
-    live_ranges = next(dump.rglob("*train_step*live-range.txt"), None)
-    buffers = hlo.peak_buffers(live_ranges.read_text(), text) if live_ranges else []
-    kinds, held = Parts(config, state.values()), {"parameters": 0, "optimizer": 0}
-    for leaf in report["by_parameter"]:
-        if leaf["memory"] == "device":
-            held["parameters" if leaf["name"].startswith("model.") else "optimizer"] += leaf[
-                "bytes_per_device"
-            ]
-    report["memory"]["parts"] = kinds.sums(buffers, held, stats.argument_size_in_bytes, peak)
+    buffers = _buffers(dump, text)
+    report["memory"]["parts"] = parts(report, buffers)
     report["temporaries"] = [
-        {
-            "shape": buffer.shape,
-            "bytes": buffer.bytes,
-            "source": buffer.source,
-            "operation": buffer.operation,
-            "part": kinds.of(buffer),
-        }
-        for buffer in buffers
-        if not buffer.argument and buffer.bytes >= 1024
+        dataclasses.asdict(buffer) for buffer in buffers if buffer.bytes >= 1024
     ]
     return report | ({"text": text} if with_text else {})
 
@@ -150,87 +132,30 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
     return sorted(rows.values(), key=lambda row: (-(row["seconds"] or 0), -row["bytes"]))
 
 
-PARTS = (
-    *(
-        "parameters",
-        "optimizer",
-        "gradients",
-        "activations",
-        "vocabulary",
-        "weights",
-        "stash",
-        "working",
-        "batch",
-    ),
-    "gaps",
-)
-"""What memory is for: parameters and optimizer state; gradients (and updates, which look like
-them); activations kept for the backward pass; whatever has the vocabulary as a dimension: logits,
-and head and embedding as gathered, and their gradients; gathered weights; inputs of pipeline
-stages; the rest of what a layer is working on; the batch; and gaps, which lie between buffers
-because they cannot all be packed (below 0: what lies in the buffers of donated arguments, for which
-no memory is needed)."""
+def parts(report: Mapping[str, Any], buffers: Iterable[Buffer]) -> dict[str, int]:
+    """Bytes of a device at its peak by what they are for, as in `PART_NAMES`; none is below 0, and
+    their sum is the peak. Arguments are there all along."""
+    memory, found = report["memory"], dict.fromkeys(PART_NAMES, 0)
+    for leaf in report["by_parameter"]:
+        if leaf["memory"] == "device":
+            of_model = leaf["name"].startswith("model.")
+            found["params" if of_model else "optimizer"] += leaf["bytes_per_device"]
+    found["batch"] = memory["arguments"] - sum(found.values())
+    for buffer in buffers:
+        found[buffer.part] += buffer.bytes
+    found["gaps"] = memory["peak"] - sum(found.values())
+    assert min(found.values()) >= 0, f"parts of memory below 0: {found}"
+    return found
 
 
-class Parts:
-    """Which of `PARTS` a temporary buffer belongs to, by its shape."""
-
-    def __init__(self, config: Config, leaves: Iterable[jax.ShapeDtypeStruct]):
-        shardings = [(leaf.shape, leaf.sharding) for leaf in leaves if leaf.ndim > 1]
-        sizes, parallel, model = shardings[0][1].mesh.shape, config.parallel, config.model
-
-        def entered(shape: tuple[int, ...], sharding: Any) -> list[int]:
-            """Without `fsdp` and `data`: as gathered."""
-            split = [(n, str(entry)) for n, entry in zip(shape, sharding.spec, strict=True)]
-            return [
-                n // math.prod(sizes[axis] for axis in ("pipeline", "tensor") if axis in text)
-                for n, text in split
-            ]
-
-        self._stored = {_dims(sharding.shard_shape(shape)) for shape, sharding in shardings}
-        self._stacks = {_dims(entered(*leaf)) for leaf in shardings if len(leaf[0]) > 2}
-        self._gathered = {_dims(entered(*leaf)[1:]) for leaf in shardings if len(leaf[0]) > 2}
-        tensor, stages = sizes["tensor"], sizes["pipeline"]
-        self._vocabulary = {model.vocab_size // shards for shards in (1, tensor, tensor * stages)}
-        self._layers, self._stash = {model.layers}, ()
-        if stages > 1:
-            self._layers.add(model.layers // (stages * parallel.chunks))
-            table = timetable(parallel.schedule, stages, config.train.microbatches, parallel.chunks)
-            self._stash = table.slots, model.dim
-
-    def of(self, buffer: hlo.Buffer) -> str:
-        shape = [int(n) for n in re.findall(r"\d+", buffer.shape.partition("[")[2])]
-        dims = _dims(shape)
-        if dims in self._stored:
-            return "gradients"
-        if dims in self._stacks:
-            return "gradients" if buffer.shape.startswith("f32") else "weights"
-        if len(shape) > 3 and (shape[0], shape[-1]) == self._stash:
-            return "stash"
-        if len(shape) > 2 and self._layers & set(shape[:2]):  # stacked, in whatever layout
-            return "activations"
-        in_layers = re.search(
-            r"jvp\(\)\)?/while", buffer.operation
-        )  # where another size may be the same number
-        if self._vocabulary & set(dims) and not in_layers:
-            return "vocabulary"
-        return "weights" if dims in self._gathered else "working"
-
-    def sums(
-        self, buffers: Iterable[hlo.Buffer], state: Mapping[str, int], arguments: int, peak: int
-    ) -> dict[str, int]:
-        """Bytes of a device at its peak, by what they are for; their sum is the peak. Arguments are
-        there all along."""
-        found = dict.fromkeys(PARTS, 0) | dict(state) | {"batch": arguments - sum(state.values())}
-        for buffer in buffers:
-            if not buffer.argument:
-                found[self.of(buffer)] += buffer.bytes
-        return found | {"gaps": peak - sum(found.values())}
-
-
-def _dims(shape: Iterable[int]) -> tuple[int, ...]:
-    """Without order and without ones: XLA transposes and reshapes."""
-    return tuple(sorted(n for n in shape if n > 1))
+def _buffers(dump: Path, text: str) -> list[Buffer]:
+    """What is temporary at the peak, of the step that XLA has dumped; nothing where it dumps
+    nothing."""
+    assignment = next(dump.rglob("*train_step*buffer-assignment.txt"), None)
+    live_ranges = next(dump.rglob("*train_step*live-range.txt"), None)
+    if not assignment or not live_ranges:
+        return []
+    return at_peak(assignment.read_text(), live_ranges.read_text(), text)
 
 
 def main() -> None:

@@ -10,20 +10,12 @@ from collections.abc import Mapping
 from jaxpar.report import hlo
 from jaxpar.report.dataflow import Graph, Line, Value
 
-PARTS = (
-    *("parameters", "optimizer", "gradients", "activations", "vocabulary", "weights", "stash"),
-    *("working", "batch", "gaps"),
-)
-"""What memory is for: parameters and optimizer state; gradients, and what the update makes of them;
-activations kept for the backward pass; logits, head and embedding as gathered, and their gradients;
-gathered weights; inputs of pipeline stages; the rest of what a layer is working on; the batch; and
-gaps, which lie between buffers because they cannot all be packed."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
     """A stretch of temporary memory that is in use at the peak. `shape` is that of the array in it,
-    `source` the line that made it, `operation` jax's name for what did, `part` one of `PARTS`."""
+    `source` the line that made it, `operation` jax's name for what did, `part` one of
+    `memory.PART_NAMES`."""
 
     shape: str
     bytes: int
@@ -40,8 +32,8 @@ class _Place:
 
 
 def at_peak(assignment: str, live_ranges: str, text: str) -> list[Buffer]:
-    """The buffers of temporary memory in use when most of it is, largest first. They do not overlap:
-    what shares memory is there once, and what lies in arguments, donated ones too, is not there.
+    """The buffers of temporary memory in use when most of it is, largest first. They do not
+    overlap: what shares memory is there once, and what lies in arguments, donated ones too, is not.
 
     Args:
       assignment: XLA's dump `*-buffer-assignment.txt`: where every array lies.
@@ -106,8 +98,8 @@ def _ranges(live_ranges: str) -> dict[Value, tuple[int, int]]:
 
 
 def _wrapped(live_ranges: str, graph: Graph) -> dict[str, str]:
-    """Instructions inside asynchronous ones, which XLA's text leaves out, and the start that follows
-    each in the schedule: its result 1 is theirs."""
+    """Instructions inside asynchronous ones, which XLA's text leaves out, and the start that
+    follows each in the schedule: its result 1 is theirs."""
     names = re.findall(r"^ +\d+:([\w.\-]+)$", live_ranges, re.M)
     return {
         name: following
@@ -157,13 +149,17 @@ def _buffer(graph: Graph, source: hlo.Sources, value: Value, size: int) -> Buffe
     own, maker = graph.lines.get(value[0]), graph.maker(value)
     if own is None or maker is None:
         return Buffer("", size, "", "", "working")
-    told = graph.lines[maker[0]]
-    for before in graph.history(maker):
-        told = next((x for x in graph.written(before) if source.of(x.rest)), told)
-        if source.of(told.rest):
-            break
+    told = next(
+        filter(None, (_told(graph, source, value) for value in graph.history(maker))),
+        graph.lines[maker[0]],
+    )
     part = _part(graph, source, maker)
     return Buffer(_shape(own, value[1]), size, source.of(told.rest), told.op_name, part)
+
+
+def _told(graph: Graph, source: hlo.Sources, value: Value) -> Line | None:
+    """The instruction of a value, or inside of it, of which the source is known."""
+    return next((line for line in graph.written(value) if source.of(line.rest)), None)
 
 
 def _shape(line: Line, index: tuple[int, ...]) -> str:
@@ -191,12 +187,13 @@ def _part(graph: Graph, source: hlo.Sources, maker: Value) -> str:
     if leaves := graph.copied(maker):
         if all(leaf.startswith("state.model.") for leaf in leaves):
             ends = any(re.search(r"\.(embedding|head)\b", leaf) for leaf in leaves)
-            return "vocabulary" if ends else "weights"
+            return "logits" if ends else "weights"
         return "gradients" if any(leaf.startswith("state.") for leaf in leaves) else "batch"
     for value in graph.history(maker):
-        files = set().union(*(source.files(line.rest) for line in graph.written(value)))
+        told = _told(graph, source, value)
+        files = source.files(told.rest) if told else set()
         if files & _ENDS:
-            return "vocabulary"
+            return "logits"
         if stack := graph.stack(value):
             return _STACKS[stack]
         if files & _UPDATE or (files and files <= _AROUND):

@@ -63,6 +63,7 @@ class Graph:
         self.lines: dict[str, Line] = {}
         self.entry = ""
         self._roots: dict[str, str] = {}
+        self._bodies: dict[str, list[Line]] = defaultdict(list)
         self._callers: dict[str, Line] = {}
         self._parameters: dict[tuple[str, int], str] = {}
         self._users: dict[str, list[str]] = defaultdict(list)
@@ -73,6 +74,7 @@ class Graph:
                     continue
                 line = Line(computation, found[1], found[2], found[3], found[4])
                 self.lines[line.name] = line
+                self._bodies[computation].append(line)
                 if text_line.lstrip().startswith("ROOT "):
                     self._roots[computation] = line.name
                 if line.operation == "parameter":
@@ -85,8 +87,8 @@ class Graph:
 
     def maker(self, value: Value, inside: str = "") -> Value | None:
         """The value that was computed, behind tuples, loops and copies; of what a loop carries, the
-        one that its body makes. None: it cannot be told. With `inside` it looks no further than that
-        computation."""
+        one that its body makes. None: it cannot be told. With `inside` it looks no further than
+        that computation."""
         seen: set[Value] = set()
         while value not in seen and value[0] in self.lines:
             seen.add(value)
@@ -138,16 +140,18 @@ class Graph:
         return caller.operands[number]
 
     def written(self, value: Value) -> list[Line]:
-        """The instruction of a value, and of a fusion the one inside it that makes the value."""
+        """The instruction of a value; of a fusion also those inside it, the one that makes the
+        value first."""
         line = self.lines[value[0]]
         if line.operation != "fusion":
             return [line]
         inner = self.maker((self._roots[line.called[0]], value[1]), inside=line.called[0])
-        return [line, self.lines[inner[0]]] if inner else [line]
+        first = [self.lines[inner[0]]] if inner else []
+        return [line, *first, *reversed(self._bodies[line.called[0]])]
 
     def moved(self, value: Value) -> Value | None:
-        """The value that this one holds moved, cut, cast or summed over devices; None of one that is
-        computed."""
+        """The value that this one holds moved, cut, cast or summed over devices; None of one that
+        is computed."""
         name, index = value
         for _ in range(32):
             line = self.lines[name]
@@ -236,10 +240,11 @@ class Graph:
         """What a stack is for that a loop writes entry by entry, by how it is read: `sum`, entries
         are added to; `queue`, the loop that writes them also reads them; `kept`, another loop does;
         `result`, none does. "" of anything else."""
-        made = self.written(value)[-1]
+        writer, made = self.lines[value[0]], self._made(value)
+        if made.operation in ("broadcast", "constant"):  # zeros, to be filled by a loop
+            return next(filter(None, map(self.stack, self._filled(value, set()))), "")
         if made.operation != "dynamic-update-slice":
             return ""
-        writer = self.lines[value[0]]
         caller = self._callers.get(writer.computation)
         if caller is None or caller.operation != "while":
             return ""
@@ -249,12 +254,46 @@ class Graph:
         slot = slots[0]
         parameter = self._parameters[writer.computation, 0]
         readers = list(self._slices((parameter, slot), set()))
-        if any(reader.name == made.name or reader.computation == made.computation != writer.computation
-               or self._feeds(reader, made) for reader in readers):  # fmt: skip
+        sums = (line for line in self._behind(made.operands[1]) if line.operation == "add")
+        terms = {term.name for line in sums for n in line.operands for term in self._behind(n)}
+        if any(reader.name in terms for reader in readers):
             return "sum"
         if readers:
             return "queue"
         return "kept" if any(self._slices((caller.name, slot), set())) else "result"
+
+    def _made(self, value: Value) -> Line:
+        """The instruction that makes a value, in a fusion and behind casts."""
+        line = self.written(value)[:2][-1]
+        while line.operation in ("convert", "transpose", "reshape", *_VIEWS) and line.operands:
+            before = self.lines[line.operands[0]]
+            if before.computation != line.computation or before.operation == "parameter":
+                break
+            line = before
+        return line
+
+    def _filled(self, value: Value, seen: set[Value]) -> Iterator[Value]:
+        """What loops make of a value that they begin with."""
+        if value in seen:
+            return
+        seen.add(value)
+        for user in self._users[value[0]]:
+            line = self.lines[user]
+            if line.operation == "tuple":
+                for n in (n for n, operand in enumerate(line.operands) if operand == value[0]):
+                    yield from self._filled((user, (n, *value[1])), seen)
+            elif line.operation == "get-tuple-element":
+                if value[1][:1] == (_index(line),):
+                    yield from self._filled((user, value[1][1:]), seen)
+            elif line.operation == "while":
+                made = self.maker((user, value[1]))
+                if made and made != value and self.lines[made[0]].computation == line.called[0]:
+                    yield made
+                else:  # it goes round unchanged
+                    inside = self._parameters[line.called[0], 0]
+                    yield from self._filled((inside, value[1]), seen)
+            elif line.operation in _VIEWS:
+                yield from self._filled((user, value[1]), seen)
 
     def _slots(self, loop: Line) -> Iterator[tuple[int, ...]]:
         root = self.lines[self._roots[loop.called[0]]]
@@ -311,16 +350,23 @@ class Graph:
             return []
         return [(n,) for n, operand in enumerate(root.operands) if operand == value[0]]
 
-    def _feeds(self, reader: Line, writer: Line, steps: int = 6) -> bool:
-        """Whether what was read goes, within a few steps, into the entry that is written."""
-        front = {reader.name}
-        for _ in range(steps):
-            front = {user for name in front for user in self._users[name]}
-            for user in front:
-                line = self.lines[user]
-                if user == writer.name or writer.computation in line.called:
-                    return True
-        return False
+    def _behind(self, name: str, seen: set[str] | None = None) -> Iterator[Line]:
+        """The instructions that an array is of, back through casts, choices and fusions."""
+        seen = set() if seen is None else seen
+        if name in seen:
+            return
+        seen.add(name)
+        line = self.lines[name]
+        yield line
+        if line.operation == "fusion":
+            yield from self._behind(self._roots[line.called[0]], seen)
+        elif line.operation == "parameter":
+            caller = self._callers.get(line.computation)
+            if caller and caller.operation == "fusion":
+                yield from self._behind(self._operand(caller, line), seen)
+        elif line.operation == "select" or line.operation in _MOVES - {"dynamic-slice"}:
+            for operand in line.operands:
+                yield from self._behind(operand, seen)
 
 
 _REDUCERS = ("reduce", "all-reduce", "reduce-scatter", "scatter", "sort", "reduce-window", "map")

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NAMES = {
     0: "token opaque",
-    8: "pred s1 u1 s2 u2 s4 u4 s8 u8 f4e2m1fn f8e3m4 f8e4m3 f8e4m3fn f8e4m3fnuz f8e4m3b11fnuz f8e5m2 "
-    "f8e5m2fnuz f8e8m0fnu",
+    8: "pred s1 u1 s2 u2 s4 u4 s8 u8 f4e2m1fn f8e3m4 f8e4m3 f8e4m3fn f8e4m3fnuz f8e4m3b11fnuz "
+    "f8e5m2 f8e5m2fnuz f8e8m0fnu",
     16: "s16 u16 f16 bf16",
     32: "s32 u32 f32",
     64: "s64 u64 f64 c64",

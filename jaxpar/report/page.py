@@ -74,9 +74,7 @@ def plan_page(report: Mapping[str, Any], timetable: str = "", most: int = 40) ->
         sizes = {
             name: size for name, size in best["memory"].items() if name not in ("total", "reserve")
         }
-        bar = stacked_bar(
-            {_LONG.get(name, name): size for name, size in sizes.items()}, sum(sizes.values()), None
-        )
+        bar = stacked_bar(sizes, sum(sizes.values()), None)
         best_section = _section(
             "The best", f"<p><code>{html.escape(best['flags'])}</code></p>{bar}"
         )
@@ -94,9 +92,6 @@ def plan_page(report: Mapping[str, Any], timetable: str = "", most: int = 40) ->
     )  # fmt: skip
 
 
-_LONG = {"params": "parameters", "logits": "vocabulary"}
-
-
 def stacked_bar(parts: Mapping[str, int], peak: int, room: int | None) -> str:
     """A bar as wide as what there is (or as the peak, if that is more), and its legend."""
     whole = max(peak, room or 0)
@@ -108,8 +103,6 @@ def stacked_bar(parts: Mapping[str, int], peak: int, room: int | None) -> str:
             legend.append(
                 f'<li><i style="background:{color}"></i>{words} <b>{human(size)}</b></li>'
             )
-    if (shared := min(parts.values(), default=0)) < 0:
-        legend.append(f"<li>less what lies in donated buffers <b>{human(shared)}</b></li>")
     if room and peak < room:
         legend.append(
             f'<li><i style="background:var(--line)"></i>free <b>{human(room - peak)}</b></li>'
