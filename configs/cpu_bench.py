@@ -1,5 +1,4 @@
-"""The shape in which the trainers of `docs/benchmarks.md` are compared on a CPU: 8 layers of dim
-512."""
+"""8 layers of dim 512: the shape in which `docs/benchmarks.md` compares trainers on a CPU."""
 
 from jaxpar.config import configure
 

@@ -1,5 +1,4 @@
-"""A 25M-parameter Llama with GPT-2's vocabulary, for one GPU: the built-in stories, or
-TinyStories."""
+"""A 25M-parameter Llama with GPT-2's vocabulary, for one GPU: bundled stories or TinyStories."""
 
 from jaxpar.config import configure
 

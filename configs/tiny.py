@@ -1,5 +1,4 @@
-"""A 3.5M-parameter Llama on the built-in stories, byte by byte: trains anywhere, with no download,
-in minutes."""
+"""A 3.5M-parameter Llama on the built-in stories, byte by byte: trains anywhere in minutes."""
 
 from jaxpar.config import configure
 

@@ -2,8 +2,8 @@
 
   jaxpar train     --config=configs/tiny.py --workdir=runs/tiny [--mesh.fsdp=4 --mesh.tensor=2]
   jaxpar verify    --config=...  --mesh....     a mesh against one device: loss and every gradient
-  jaxpar plan      --config=...  --hardware=h100 --devices=64    rank meshes: fits? memory, time, why
-  jaxpar explain   --config=...  --mesh.... [--hardware=h100]    compile: memory and collectives, by name
+  jaxpar plan      --config=...  --hardware=h100 --devices=64    rank meshes: memory, time, why
+  jaxpar explain   --config=...  --mesh.... [--hardware=h100]    compile: memory and collectives
   jaxpar prepare   --config=...  --workdir=DIR  tokenize a corpus into shards
   jaxpar generate  --checkpoint=DIR --prompt="Once upon a time"
 
@@ -13,8 +13,9 @@
 import importlib
 import sys
 
-from jaxpar import cli
-from jaxpar.config import ConfigError, nearest
+from jaxpar import __version__, cli
+from jaxpar.config import ConfigError
+from jaxpar.hints import nearest
 
 COMMANDS = ("train", "verify", "plan", "explain", "prepare", "generate")
 
@@ -24,6 +25,9 @@ def command(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(__doc__)
+        return 0
+    if argv[0] in ("--version", "version"):
+        print(f"jaxpar {__version__}")
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"unknown command {argv[0]!r}.{nearest(argv[0], COMMANDS)}")

@@ -6,11 +6,13 @@ signal n.
 """
 
 import dataclasses
+import inspect
 import os
 import re
 import shutil
+import signal
 import sys
-import traceback
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from ctypes.util import find_library
@@ -20,16 +22,18 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from jaxpar import __version__, config_file
 from jaxpar.config import (
     AXES,
     LARGEST,
     Config,
     ConfigError,
     check_field,
+    config_fields,
     field_paths,
-    nearest,
     value_of,
 )
+from jaxpar.hints import ALIASES, meant_flag, nearest
 from jaxpar.validation import CHOICES, resolve, resolve_mesh, validate_mesh
 
 if typing.TYPE_CHECKING:
@@ -84,15 +88,23 @@ _RUN = {"workdir": Option(None, "where the run writes (default: runs/NAME, after
 
 
 def run(main: Callable[[list[str] | None], int]) -> typing.NoReturn:
-    """Runs a command and exits: `ConfigError` becomes one message and code 2."""
+    """Runs a command and exits: `ConfigError` becomes one message and code 2, and a reader of the
+    output that goes away, as `head` does, is no error."""
     try:
-        code = main(None)
+        try:
+            code = main(None)
+        finally:
+            sys.stdout.flush()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, also when Python closes the output at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 
@@ -109,19 +121,21 @@ def parse(argv: Sequence[str] | None, doc: str, **options: Option) -> Request:
       ConfigError: whatever is wrong with them for every number of devices, before jax starts.
       SystemExit: after `--help`.
     """
-    argv = _arguments(argv, doc, {**options, **_RUN, **_LAUNCH}, config=True)
-    values = _parse_flags(argv, {**options, **_RUN, **_LAUNCH}, config=True)
+    flags = {**options, **_RUN, **_LAUNCH}
+    name, rest = _take_config(_arguments(argv, doc, flags, config=True))
+    _check_names(rest)
+    values = _parse_flags(rest, flags, config_file.load(name))
     launch = _launch(values, options)
     config = resolve(values.config)
     validate_mesh(config, resolve_mesh(launch.mesh, launch.devices))
-    workdir = values.workdir or Path("runs") / Path(_take_config(argv)[0] or "").stem
+    workdir = values.workdir or Path("runs") / Path(name or "").stem
     return Request(**vars(launch), config=config, workdir=Path(workdir))
 
 
 def parse_launch(argv: Sequence[str] | None, doc: str, **options: Option) -> Launch:
     """The same for a command that takes no config."""
-    argv = _arguments(argv, doc, {**options, **_LAUNCH}, config=False)
-    return _launch(_parse_flags(argv, {**options, **_LAUNCH}, config=False), options)
+    flags = {**options, **_LAUNCH}
+    return _launch(_parse_flags(_arguments(argv, doc, flags, config=False), flags, None), options)
 
 
 def _arguments(
@@ -130,6 +144,9 @@ def _arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv):
         print(_help(doc, options, config=config))
+        raise SystemExit(0)
+    if "--version" in argv:
+        print(f"jaxpar {__version__}")
         raise SystemExit(0)
     return argv
 
@@ -150,34 +167,30 @@ def _launch(values: flags.FlagValues, options: Mapping[str, Option]) -> Launch:
 
 
 def _parse_flags(
-    argv: Sequence[str], options: Mapping[str, Option], *, config: bool
+    argv: Sequence[str], options: Mapping[str, Option], config: config_dict.ConfigDict | None
 ) -> flags.FlagValues:
-    """The flags themselves: `--mesh.AXIS`, the `options`, and with `config` also `--config` with
-    its overrides.
+    """The flags themselves: `--mesh.AXIS`, the `options`, and the overrides of a `config`.
 
     Raises:
-      ConfigError: an unknown or malformed flag, field or axis, or a config file that cannot be
-        read.
+      ConfigError: an unknown or malformed flag, field or axis.
     """
     values = flags.FlagValues()
     for name, option in options.items():
         kinds: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
         define = kinds.get(type(option.default), flags.DEFINE_string)
         define(name, option.default, option.help, flag_values=values)
-    _check_names(argv)
     groups = {"mesh": config_dict.ConfigDict({axis: config_dict.placeholder(int) for axis in AXES})}
-    if config:
-        path, argv = _take_config(argv)
-        groups["config"] = _load_config(path)
+    if config is not None:
+        groups["config"] = config
     try:
         for name, group in groups.items():
             config_flags.DEFINE_config_dict(name, group, flag_values=values, sys_argv=["", *argv])
         rest = values(["jaxpar", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        known = [*options, "mesh", *(["config"] if config else [])]
-        raise ConfigError(
-            f"unknown flag --{error.flagname}.{nearest(error.flagname, known)}"
-        ) from error
+        hint = meant_flag(
+            error.flagname, options, field_paths() if "config" in groups else (), AXES
+        )
+        raise ConfigError(f"unknown flag --{error.flagname}.{hint}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     if rest:
@@ -192,54 +205,15 @@ def _parse_flags(
 
 
 def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, and the arguments without it."""
-    path, rest, arguments = None, [], iter(argv)
+    """The value of `--config`, which comes after `=` or a space, and the arguments without it."""
+    name, rest, arguments = None, [], iter(argv)
     for arg in arguments:
-        name, given, value = arg.partition("=")
-        if name in ("--config", "-config"):
-            path = value if given else next(arguments, None)
+        flag, given, value = arg.partition("=")
+        if flag in ("--config", "-config"):
+            name = value if given else next(arguments, None)
         else:
             rest.append(arg)
-    return path, rest
-
-
-def _load_config(path: str | None) -> config_dict.ConfigDict:
-    """What `get_config()` of a config file returns; whatever goes wrong in it is told in one
-    line."""
-    if not path:
-        raise ConfigError(f"--config=FILE is missing.{_known_configs('configs/tiny.py')}")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: no such file.{_known_configs(path)}")
-    content: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
-    try:
-        exec(compile(Path(path).read_text(), path, "exec"), content)
-        config = content["get_config"]() if "get_config" in content else None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, config_dict.ConfigDict):
-        found = (
-            f"get_config() gives {type(config).__name__}"
-            if "get_config" in content
-            else "there is no get_config()"
-        )
-        raise ConfigError(
-            f"{path}: {found}; a config file has a get_config() that returns configure(...)"
-        )
-    return config
-
-
-def _known_configs(path: str) -> str:
-    folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
-    files = sorted(str(file) for file in folder.glob("*.py"))
-    return nearest(path, files) if files else " Give a file with a get_config() function."
+    return name, rest
 
 
 def _check_names(argv: Sequence[str]) -> None:
@@ -248,44 +222,57 @@ def _check_names(argv: Sequence[str]) -> None:
             if match[1] == "config":
                 check_field(match[2])
             elif match[2] not in AXES:
-                raise ConfigError(f"unknown mesh axis {match[2]!r}.{nearest(match[2], AXES)}")
+                other = ALIASES.get(match[2].lower(), "")
+                meant = other if other.startswith("--mesh.") else ""
+                hint = f" Did you mean {meant}?" if meant else nearest(match[2], AXES)
+                raise ConfigError(f"unknown mesh axis {match[2]!r}.{hint}")
 
 
 def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:
+    """The command's docstring, then every flag and every field of the config, explained."""
+    width = max(min(shutil.get_terminal_size((100, 24)).columns, 120), 60)
     lines = [doc.strip(), "", "Flags:"]
     if config:
-        lines.append("  --config=FILE  a Python file with get_config(); see configs/")
+        lines += _entry(
+            "--config=FILE",
+            "a Python file with get_config(), or a name: " + ", ".join(config_file.bundled()),
+            width,
+        )
     for name, option in options.items():
-        default = (
-            ""
-            if option.default in (None, "") or name in _LAUNCH
-            else f" (default: {option.default})"
-        )
-        lines.append(
-            f"  --{name}={'N' if isinstance(option.default, int) else 'VALUE'}  "
-            f"{option.help}{default}"
-        )
-    lines.append(
-        f"  --mesh.AXIS=N  {', '.join(AXES)}; one may be -1: the devices left over (default: "
-        "data=-1, others 1)"
-    )
+        kind = "N" if isinstance(option.default, int) else "VALUE"
+        hidden = option.default in (None, "") or name in _LAUNCH
+        default = "" if hidden else f" (default: {option.default})"
+        lines += _entry(f"--{name}={kind}", option.help + default, width)
+    sizes = f"{', '.join(AXES)}; one may be -1: the devices left over (default: data=-1, others 1)"
+    lines += _entry("--mesh.AXIS=N", sizes, width)
+    lines += _entry("--version", "print the version", width)
     if not config:
         return "\n".join(lines)
-    lines += [
-        "",
-        "Config fields, as --config.GROUP.FIELD=VALUE; shown are the defaults of what a config "
-        "file leaves out:",
-    ]
-    group = ""
-    for path in field_paths():
-        if path.split(".")[0] != group:
-            group = path.split(".")[0]
-            lines.append(f"  {group}")
-        choices = f"  ({' | '.join(CHOICES[path])})" if path in CHOICES else ""
-        default = value_of(Config(), path)
-        derived = path in ("model.kv_heads", "model.head_dim")
-        lines.append(f"    --config.{path}={'(derived)' if derived else default}{choices}")
+    lines += ["", "Config fields, with the defaults of what a config file leaves out:"]
+    group = None
+    for path, item in sorted(config_fields().items(), key=lambda entry: _place(entry[0])):
+        if group != (group := path.rpartition(".")[0]):
+            about = inspect.getdoc(type(value_of(Config(), group))) or ""
+            lines += ["", f"  {group}: {' '.join(about.split())}"]
+        bar = "\N{NO-BREAK SPACE}|\N{NO-BREAK SPACE}"
+        choices = f" ({bar.join(CHOICES[path])})" if path in CHOICES else ""
+        default = "N" if item.metadata["derived"] else item.default
+        lines += _entry(f"  --config.{path}={default}", item.metadata["doc"] + choices, width)
     return "\n".join(lines)
+
+
+def _place(path: str) -> tuple[int, int]:
+    """Groups in their order, and of each the fields before the groups in it."""
+    groups = list(dataclasses.asdict(Config()))
+    return groups.index(path.partition(".")[0]), path.count(".")
+
+
+def _entry(name: str, text: str, width: int, column: int = 42) -> list[str]:
+    """A flag and what it does, beside it, or below it where the flag is long."""
+    indent = " " * column
+    head = f"  {name}".ljust(column) if len(name) < column - 3 else f"  {name}\n{indent}"
+    lines = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False)
+    return [(head + f"\n{indent}".join(lines)).replace("\N{NO-BREAK SPACE}", " ")]
 
 
 def check_writable(workdir: Path) -> None:
@@ -325,8 +312,7 @@ def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":
     from jaxpar.sharding import make_mesh
 
     if launch.cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
+        xla.simulate_devices(launch.cpu_devices)
     elif "JAX_PLATFORMS" not in os.environ and not _nvidia_driver():
         jax.config.update(
             "jax_platforms", "cpu"

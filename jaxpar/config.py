@@ -6,14 +6,15 @@ on there is no `.get` and no default.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict
+
+from jaxpar.hints import meant_field
 
 AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 """The mesh axes, outermost first: `tensor` is innermost because it needs the fastest links."""
@@ -39,11 +40,13 @@ REMAT = {
 """The activations that each policy of `memory.remat` keeps. Elements a token and layer, in the
 compute dtype, with D model dim, Q = heads x head dim, P = kv_heads x head dim, F ffn:
 
-  none       4D + 2Q + 2P + 2F   Every matmul's inputs. Only the attention scores are computed again, as always.
-  dots       2D + 2Q + 2P + 2F   Every matmul's result. The two norms are computed again and, with mesh.tensor, the two
-                                 gathers of their results.
-  attention  2D + 2Q + 2P        None of the MLP: gate and up are computed again, 4DF operations a token and layer. For
-                                 long sequences: attention, quadratic in them, is not.
+  none       4D + 2Q + 2P + 2F   Every matmul's inputs. Only the attention scores are computed
+                                 again, as always.
+  dots       2D + 2Q + 2P + 2F   Every matmul's result. The two norms are computed again and, with
+                                 mesh.tensor, the two gathers of their results.
+  attention  2D + 2Q + 2P        None of the MLP: gate and up are computed again, 4DF operations a
+                                 token and layer. For long sequences: attention, quadratic in them,
+                                 is not.
   full       D                   The whole layer but its last matmul (down) is computed again.
 """
 
@@ -55,109 +58,132 @@ class ConfigError(ValueError):
 LARGEST = 2**63 - 1
 """The largest integer that jax can be given."""
 
-_DERIVED = {"derived": True}
-"""Marks a field that follows from others unless it is given; 0 stands for not given."""
+
+def field(default: Any, doc: str, *, derived: bool = False) -> Any:
+    """A field of the configuration: its default, and the line that `--help` says of it.
+
+    A `derived` one follows from others unless it is given; its default, 0, stands for not given.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "derived": derived})
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1 frequency scaling (`rope_type: llama3` of Hugging Face); `factor` 1 leaves the
-    frequencies alone."""
+    """Llama 3.1 frequency scaling (`rope_type: llama3` of Hugging Face)."""
 
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_sequence_length: int = 8192
+    factor: float = field(1.0, "how much longer RoPE's slow waves become; 1 leaves them alone")
+    low_freq_factor: float = field(
+        1.0, "waves longer than original_sequence_length over this are stretched"
+    )
+    high_freq_factor: float = field(
+        4.0, "waves shorter than original_sequence_length over this are not"
+    )
+    original_sequence_length: int = field(8192, "sequence length before the stretching")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama. Left out, `kv_heads` is `heads` and `head_dim` is `dim / heads`; `resolve` puts them
-    in."""
+    """A Llama."""
 
-    vocab_size: int = 50304
-    dim: int = 512
-    layers: int = 8
-    heads: int = 8
-    kv_heads: int = dataclasses.field(default=0, metadata=_DERIVED)
-    head_dim: int = dataclasses.field(default=0, metadata=_DERIVED)
-    ffn_dim: int = 1408
-    rope_theta: float = 10_000.0
+    vocab_size: int = field(50304, "rows of the embedding; at least the tokenizer's ids")
+    dim: int = field(512, "width of the residual stream (hidden size)")
+    layers: int = field(8, "transformer layers")
+    heads: int = field(8, "query heads of a layer")
+    kv_heads: int = field(
+        0,
+        "key and value heads of a layer, shared by queries where fewer (default: heads)",
+        derived=True,
+    )
+    head_dim: int = field(0, "width of a head (default: dim / heads)", derived=True)
+    ffn_dim: int = field(1408, "width of the MLP between its matmuls (intermediate size)")
+    rope_theta: float = field(10_000.0, "base of RoPE's frequencies")
     rope_scaling: RopeScaling = RopeScaling()
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    init_std: float = 0.02
+    norm_eps: float = field(1e-5, "added to the mean square by RMSNorm")
+    tie_embeddings: bool = field(False, "the head is the embedding, transposed")
+    init_std: float = field(0.02, "standard deviation of initial weights")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on. `source`: `stories`, `tinystories`, `synthetic`, or a path or glob of .txt,
-    .jsonl, .parquet or .bin (token shards); `validation_source` replaces the held-out fraction."""
+    """What to train on."""
 
-    source: str = "stories"
-    tokenizer: str = "gpt2"
-    sequence_length: int = 256
-    packing: bool = True
-    validation_fraction: float = 0.05
-    validation_source: str = ""
-    text_field: str = "text"
-    shard_dtype: str = "auto"
-    prefetch: int = 2
+    source: str = field(
+        "stories",
+        "stories (built in), tinystories (downloaded once), synthetic, or a path or glob of .txt, "
+        ".jsonl, .parquet or .bin (token shards), or a folder that prepare wrote",
+    )
+    tokenizer: str = field(
+        "gpt2",
+        "gpt2 (built in), bytes, or the path of a Hugging Face tokenizer.json or a SentencePiece "
+        "model",
+    )
+    sequence_length: int = field(256, "tokens of a sequence")
+    packing: bool = field(
+        True, "documents share sequences, without seeing each other; false: each has its own"
+    )
+    validation_fraction: float = field(0.05, "share of the documents held out for evaluation")
+    validation_source: str = field("", "evaluate on this source instead of a held-out fraction")
+    text_field: str = field("text", "where .jsonl and .parquet have the text")
+    shard_dtype: str = field("auto", "of the ids in .bin files that do not say")
+    prefetch: int = field(2, "batches made ahead")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop. `batch_size` is global, in sequences; `eval_batches=0` evaluates the whole
-    validation split."""
+    """The loop."""
 
-    steps: int = 1000
-    batch_size: int = 32
-    microbatches: int = 1
-    seed: int = 0
-    eval_every: int = 200
-    eval_batches: int = 20
-    z_loss: float = 0.0
-    max_nonfinite_steps: int = 5
+    steps: int = field(1000, "optimizer steps in all")
+    batch_size: int = field(32, "sequences a step, of all devices and microbatches together")
+    microbatches: int = field(1, "parts of the batch computed one after another (accumulation)")
+    seed: int = field(0, "of the initial weights and the data order")
+    eval_every: int = field(200, "steps between evaluations; 0: only at the end")
+    eval_batches: int = field(20, "batches of an evaluation; 0: the whole validation split")
+    z_loss: float = field(0.0, "weight of the squared log of the softmax's sum in the loss")
+    max_nonfinite_steps: int = field(5, "skipped updates in a row that end the run")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = "adamw"
-    learning_rate: float = 3e-4
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2
-    min_learning_rate: float = 0.0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
+    """The update."""
+
+    name: str = field("adamw", "the optimizer")
+    learning_rate: float = field(3e-4, "after the warmup, before the decay")
+    schedule: str = field("cosine", "how the learning rate falls; wsd: warmup, stable, decay")
+    warmup_steps: int = field(100, "steps in which the learning rate rises from 0")
+    decay_fraction: float = field(0.2, "share of the steps in which wsd falls")
+    min_learning_rate: float = field(0.0, "where the schedule ends; at most learning_rate")
+    weight_decay: float = field(0.1, "of matrices; decoupled from the gradient")
+    beta1: float = field(0.9, "decay of the gradient's running mean (momentum)")
+    beta2: float = field(0.95, "decay of the squared gradient's running mean")
+    eps: float = field(1e-8, "added to the root of the squared gradient's mean")
+    clip_norm: float = field(1.0, "largest norm of the whole gradient; 0: any")
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """`params`: the master weights and the optimizer state. `compute`: matmuls, activations,
-    travelling weights. `grad_reduce`: in which gradients are summed over devices. `loss_scale`: the
-    first scale of the loss, for `float16`; it doubles after `loss_scale_growth_steps` finite steps
-    and halves after one that is not."""
+    """In which dtype what is kept, computed and summed."""
 
-    params: str = "float32"
-    compute: str = "bfloat16"
-    grad_reduce: str = "float32"
-    loss_scale: float = 0.0
-    loss_scale_growth_steps: int = 2000
+    params: str = field("float32", "dtype of master weights and optimizer state")
+    compute: str = field("bfloat16", "dtype of matmuls, activations and travelling weights")
+    grad_reduce: str = field("float32", "dtype in which gradients are summed over devices")
+    loss_scale: float = field(
+        0.0, "first scale of the loss, for compute=float16; halved by a gradient that overflows"
+    )
+    loss_scale_growth_steps: int = field(2000, "finite steps after which the loss scale doubles")
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """`remat`: what the backward pass recomputes: a policy of `REMAT`, or the names of the
-    activations to keep, separated by commas. `offload`: names of activations that wait for the
-    backward pass in host memory, whatever `remat` says of them, and `optimizer` for the optimizer
-    state."""
+    """What the backward pass finds, computes again or fetches."""
 
-    remat: str = "none"
-    offload: str = ""
+    remat: str = field(
+        "none",
+        f"activations to keep for the backward pass, which computes the others again: "
+        f"{' | '.join(REMAT)}, or names separated by commas, of {', '.join(ACTIVATIONS)}",
+    )
+    offload: str = field(
+        "", "activations that wait in host memory instead, by name, and optimizer for its state"
+    )
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -187,65 +213,74 @@ def split_names(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """`sequence_parallel`: between the tensor-parallel matmuls, shard residual and norms over
-    `tensor` along the sequence (Megatron). Without it they are replicated over `tensor`. `gather`:
-    when weights are gathered over `fsdp`, in every layer or once a step. `optimizer_sharding=data`
-    (ZeRO-1): optimizer state and master weights are sharded over `data` too. `context`: how
-    attention sees tokens of other devices on `sequence`; `zigzag` balances its work. `schedule`:
-    the order in which a pipeline runs its microbatches; `chunks`: how many times layers go round
-    its stages (interleaved 1F1B); without a pipeline neither changes anything."""
+    """How the axes of the mesh are used; their sizes are flags, `--mesh.AXIS=N`."""
 
-    sequence_parallel: bool = True
-    gather: str = "per_layer"
-    optimizer_sharding: str = "none"
-    context: str = "all_gather"
-    zigzag: bool = False
-    schedule: str = "1f1b"
-    chunks: int = 1
+    sequence_parallel: bool = field(
+        True, "between the matmuls split over tensor, split the sequence over it (Megatron)"
+    )
+    gather: str = field("per_layer", "when weights are gathered over fsdp")
+    optimizer_sharding: str = field(
+        "none", "data (ZeRO-1): split optimizer state and master weights over data too"
+    )
+    context: str = field("all_gather", "how attention sees the tokens of other sequence devices")
+    zigzag: bool = field(
+        False, "balance causal attention over sequence: early and late tokens for each"
+    )
+    schedule: str = field("1f1b", "order in which a pipeline runs its microbatches")
+    chunks: int = field(1, "times that layers go round the stages (interleaved 1F1B)")
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    implementation: str = "auto"
+    """The kernel of attention."""
+
+    implementation: str = field("auto", "auto: cuDNN where it can keep documents apart, else XLA")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`chunk`: tokens a device turns into logits at a time."""
+    """The cross-entropy."""
 
-    chunk: int = 1024
+    chunk: int = field(1024, "tokens that a device turns into logits at a time")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """`preset`: the options of `xla.PRESET`. `cache`: where compiled programs are kept for the next
-    start: `auto` (the user's cache folder), `none`, or a folder. `unroll`: layers in one turn of
-    the layer loop; more of them stack fewer activations and compile longer."""
+    """What is asked of XLA."""
 
-    preset: bool = True
-    cache: str = "auto"
-    unroll: int = 1
+    preset: bool = field(True, "use the compiler options of jaxpar.xla.PRESET")
+    cache: str = field(
+        "auto",
+        "where compiled programs are kept for the next start: auto (the user's cache folder), "
+        "none, or a folder",
+    )
+    unroll: int = field(
+        1, "layers in one turn of the layer loop; more stack fewer activations, compile longer"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`every=0` saves only at the end. `keep`: newest ones kept; `keep_best`: ones of lowest eval
-    loss kept besides. `restore`: `auto` continues from the workdir, `none` refuses to touch a used
-    one, a path starts from that run, and if the data or its order are others, at their
-    beginning."""
+    """Saving, and what to start from."""
 
-    every: int = 500
-    keep: int = 2
-    keep_best: int = 0
-    async_: bool = True
-    restore: str = "auto"
+    every: int = field(500, "steps between checkpoints; 0: only at the end")
+    keep: int = field(2, "newest checkpoints kept")
+    keep_best: int = field(0, "checkpoints of lowest eval loss kept besides")
+    async_: bool = field(True, "write while training goes on")
+    restore: str = field(
+        "auto",
+        "auto continues from the workdir, none refuses a used one, a path starts from that run; if "
+        "its data or their order were others, at their beginning",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = 10
-    progress: bool = True
-    tensorboard: bool = False
+    """What a run tells."""
+
+    every: int = field(10, "steps between rows of metrics.jsonl")
+    progress: bool = field(True, "show a bar on a terminal")
+    tensorboard: bool = field(False, "write the metrics for TensorBoard too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,16 +344,20 @@ def configure(**groups: Any) -> config_dict.ConfigDict:
     return result
 
 
-def field_paths(kind: type = Config, prefix: str = "") -> dict[str, type]:
-    """Every dotted field of a config dataclass with its type: `{"model.dim": int, ...}`."""
-    paths: dict[str, type] = {}
-    for field in dataclasses.fields(kind):
-        kind = typing.cast(type, field.type)
-        if dataclasses.is_dataclass(kind):
-            paths |= field_paths(kind, f"{prefix}{field.name}.")
+def config_fields(kind: type = Config, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every field of a config dataclass, by its dotted name."""
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.type):
+            fields |= config_fields(typing.cast(type, item.type), f"{prefix}{item.name}.")
         else:
-            paths[prefix + field.name] = kind
-    return paths
+            fields[prefix + item.name] = item
+    return fields
+
+
+def field_paths() -> dict[str, type]:
+    """Every dotted field of the config with its type: `{"model.dim": int, ...}`."""
+    return {path: typing.cast(type, item.type) for path, item in config_fields().items()}
 
 
 def value_of(config: Config, path: str) -> Any:
@@ -329,53 +368,27 @@ def value_of(config: Config, path: str) -> Any:
     return value
 
 
-def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean ...?` for the closest of `names`, or the whole list when none is close;
-    `prefix` is put before."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return (
-        f" Did you mean {prefix}{close[0]}?"
-        if close
-        else f" Known: {', '.join(prefix + name for name in names)}."
-    )
-
-
 def check_field(path: str) -> None:
     """Refuses the dotted name of a config field that does not exist.
 
     Raises:
-      ConfigError: with the field of that name in another group, else the nearest, else those of the
-        group.
+      ConfigError: with what may have been meant.
     """
     paths = field_paths()
-    groups = {known.rpartition(".")[0] for known in paths}
-    if path in paths or path in groups:
-        return
-    group, _, name = path.rpartition(".")
-    namesakes = [known for known in paths if known.rpartition(".")[2] == name]
-    if namesakes:
-        hint = f" Did you mean {' or '.join(namesakes)}?"
-    elif group in groups:
-        siblings = [
-            known.removeprefix(group + ".") for known in paths if known.rpartition(".")[0] == group
-        ]
-        hint = nearest(name, siblings, prefix=group + ".")
-    else:
-        hint = nearest(group or path, sorted({known.partition(".")[0] for known in groups}))
-    raise ConfigError(f"unknown config field {path!r}.{hint}")
+    if path not in paths and path not in {known.rpartition(".")[0] for known in paths}:
+        raise ConfigError(f"unknown config field {path!r}.{meant_field(path, paths, AXES)}")
 
 
 def _to_config_dict(value: Any) -> config_dict.ConfigDict:
     result = config_dict.ConfigDict()
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            result[field.name] = _to_config_dict(item)
-        elif field.metadata == _DERIVED:
-            result[field.name] = config_dict.placeholder(type(item))
+    for item in dataclasses.fields(value):
+        held = getattr(value, item.name)
+        if dataclasses.is_dataclass(held):
+            result[item.name] = _to_config_dict(held)
+        elif item.metadata["derived"]:
+            result[item.name] = config_dict.placeholder(type(held))
         else:
-            result[field.name] = item
+            result[item.name] = held
     return result
 
 
@@ -415,9 +428,9 @@ def from_mapping(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any
                 raise ConfigError(f"{path}={value!r} must be a group of fields")
             result[name] = from_mapping(typing.cast(type, field.type), value, path + ".")
             continue
-        if value is None and field.metadata == _DERIVED:
+        if value is None and field.metadata["derived"]:
             value = field.default
-        elif value == 0 and field.metadata == _DERIVED:
+        elif value == 0 and field.metadata["derived"]:
             raise ConfigError(
                 f"{path}=0 must be finite and positive; use at least 1, or leave it out"
             )

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxpar.config import AXES, MeshConfig, ParallelConfig, nearest
+from jaxpar.config import AXES, MeshConfig, ParallelConfig
 from jaxpar.dimensions import Dimensions
+from jaxpar.hints import nearest
 
 
 class Rules(Dimensions):

@@ -20,10 +20,10 @@ from jaxpar.config import (
     MeshConfig,
     field_paths,
     from_mapping,
-    nearest,
     split_names,
     value_of,
 )
+from jaxpar.hints import nearest
 
 CHOICES = {
     "optimizer.name": ("adamw", "lion", "adafactor", "muon", "sgd"),
@@ -118,9 +118,11 @@ def _validate(config: Config) -> None:
         )
     decays = config.optimizer.schedule != "constant"
     if decays and config.optimizer.min_learning_rate > config.optimizer.learning_rate:
+        peak, least = config.optimizer.learning_rate, config.optimizer.min_learning_rate
         raise ConfigError(
-            f"optimizer.min_learning_rate={config.optimizer.min_learning_rate} is above "
-            f"optimizer.learning_rate={config.optimizer.learning_rate}; use at most that"
+            f"optimizer.learning_rate={peak} is below optimizer.min_learning_rate={least}, where "
+            f"the schedule ends; use optimizer.min_learning_rate of at most {peak}, or "
+            f"optimizer.learning_rate of at least {least}"
         )
     model = config.model
     _divisible("model.heads", model.heads, "model.kv_heads", model.kv_heads)
@@ -163,8 +165,9 @@ def _known_names(path: str, value: str, names: tuple[str, ...], *whole: str) -> 
     if value in whole or (given and not unknown):
         return
     policies = f"{', '.join(whole)}, or " if any(whole) else ""
+    wrong = f"has {unknown!r}, which is unknown" if unknown else "names nothing"
     raise ConfigError(
-        f"{path}={value!r}{f' has {unknown!r}, which is unknown' if unknown else ' names nothing'}; use {policies}"
+        f"{path}={value!r} {wrong}; use {policies}"
         f"names separated by commas, of {', '.join(names)}.{_close(unknown, (*whole, *names))}"
     )
 

@@ -1,4 +1,4 @@
-"""XLA's settings: its options, and where it keeps compiled programs.
+"""XLA's settings: its options, simulated devices, and where it keeps compiled programs.
 
 Options travel with each compilation, so they also reach the compiler of GPUs that are not there.
 """
@@ -65,3 +65,12 @@ def keep_compiled(config: CompileConfig, cache: Path) -> None:
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", 0.2
     )  # the small programs of a start count too
+
+
+def simulate_devices(count: int) -> None:
+    """Lets this process have `count` devices on the CPU. To be called before jax first looks for
+    devices.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    os.environ.setdefault("PJRT_NPROC", str(16 * count))

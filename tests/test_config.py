@@ -13,9 +13,9 @@ from jaxpar.config import (
     MeshConfig,
     RopeScaling,
     check_field,
+    config_fields,
     configure,
     field_paths,
-    nearest,
     value_of,
 )
 from jaxpar.validation import CHOICES, resolve, resolve_mesh, validate_mesh
@@ -129,9 +129,9 @@ class TestNames:
         for path in ("model", "model.dim", "model.rope_scaling", "model.rope_scaling.factor"):
             check_field(path)
 
-    def test_nearest(self):
-        assert nearest("tensr", AXES) == " Did you mean tensor?"
-        assert nearest("zzz", ("ab", "cd")) == " Known: ab, cd."
+    def test_every_field_is_explained(self):
+        for path, item in config_fields().items():
+            assert len(item.metadata["doc"]) > 10, f"{path} has no explanation for --help"
 
     @pytest.mark.parametrize(
         ("path", "hint"),
@@ -139,7 +139,7 @@ class TestNames:
             ("model.batch_size", "Did you mean train.batch_size?"),
             ("batch_size", "Did you mean train.batch_size?"),
             ("train.step", "Did you mean train.steps?"),
-            ("train.lr", "Known: train.steps, train.batch_size"),
+            ("train.xyzzy", "Known: train.steps, train.batch_size"),
             ("modle.dim", "Did you mean model.dim?"),
             ("modle", "Did you mean model?"),
         ],
@@ -223,7 +223,8 @@ class TestRules:
 
     def test_min_learning_rate(self):
         text = message(resolved, optimizer=dict(learning_rate=1e-5, min_learning_rate=1e-4))
-        assert "optimizer.min_learning_rate=0.0001 is above optimizer.learning_rate=1e-05" in text
+        assert "optimizer.learning_rate=1e-05 is below optimizer.min_learning_rate=0.0001" in text
+        assert "min_learning_rate of at most 1e-05, or optimizer.learning_rate of at least" in text
 
     def test_heads_divide_dim(self):
         text = message(resolved, model=dict(dim=100, heads=3))

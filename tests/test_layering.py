@@ -21,10 +21,12 @@ COMMANDS = {"train", "verify", "plan", "explain", "prepare", "generate", "__main
 
 # The core, which is flat: a module may import those above its line, not those beside it.
 CORE = """
+    hints
     config tree
     dimensions
     show validation xla parameters
     sharding optimizer
+    config_file
     cli metrics
     checkpoint
     attention loss
@@ -40,10 +42,11 @@ MAY = {
     "kernels": {"kernels"},
     "parallel": {"parallel", "kernels", "sharding"},
     "estimate": {
-        *("estimate", "config", "validation", "dimensions", "parameters", "parallel/timetable"),
+        *("estimate", "hints", "config", "validation", "dimensions", "parameters"),
+        "parallel/timetable",
     },
     "report": {
-        *("report", "estimate", "parallel/timetable", "config", "validation", "tree"),
+        *("report", "estimate", "parallel/timetable", "hints", "config", "validation", "tree"),
         *("cli", "sharding", "compile"),
     },
 }
@@ -52,7 +55,8 @@ MAY = {
 STRICTER = {
     "metrics": {"config", "estimate"},
     "show": {"tree"},
-    "validation": {"config"},
+    "validation": {"config", "hints"},
+    "hints": set(),
     "tree": set(),
     "dimensions": {"config"},
     "parameters": {"config", "dimensions"},
@@ -89,7 +93,9 @@ NO_JAX = (
     *("parallel/timetable", "report/apart", "report/page", "report/gantt"),
     *("data/sources", "data/tokenizer", "data/shards", "data/windows", "data/corpus"),
     *(
+        "hints",
         "config",
+        "config_file",
         "dimensions",
         "parameters",
         "validation",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpar import cli, plan
+from jaxpar import config_file, plan
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.estimate import ranking
 from jaxpar.estimate.counts import parameter_count
@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def config(name: str, **groups) -> Config:
-    raw = cli._load_config(str(CONFIGS / f"{name}.py"))
+    raw = config_file.load(str(CONFIGS / f"{name}.py"))
     for group, fields in groups.items():
         raw[group].update(fields)
     return resolve(raw)

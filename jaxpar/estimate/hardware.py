@@ -25,7 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxpar.config import ConfigError, nearest
+from jaxpar.config import ConfigError
+from jaxpar.hints import nearest
 
 ASSETS = Path(__file__).parents[1] / "assets" / "gpus"
 DTYPES = ("bfloat16", "float16", "float32")
