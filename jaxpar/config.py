@@ -100,6 +100,9 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = field(1e-5, "added to the mean square by RMSNorm")
     tie_embeddings: bool = field(False, "the head is the embedding, transposed")
+    qk_norm: bool = field(
+        False, "normalise queries and keys of each head before RoPE, as Qwen3 does"
+    )
     init_std: float = field(0.02, "standard deviation of initial weights")
 
 

@@ -114,16 +114,16 @@ class RMSNorm(nnx.Module):
         self.scale = new("scale")
         self.layout = new.layout
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        x32 = x_BSD.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Over the last dimension."""
+        x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(
             jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.layout.norm_eps
         )
         # A contraction, not a product: only this lets the gradient of the scale stay a partial sum
-        # over the tokens.
-        return jnp.einsum("BSD,D->BSD", x32 * inverse, self.scale[...].astype(jnp.float32)).astype(
-            x_BSD.dtype
-        )
+        # over the tokens (and heads).
+        scale = self.scale[...].astype(jnp.float32)
+        return jnp.einsum("...D,D->...D", x32 * inverse, scale).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -131,6 +131,8 @@ class Attention(nnx.Module):
 
     def __init__(self, new: Initializer):
         self.query, self.key, self.value = new("query"), new("key"), new("value")
+        self.query_norm = new.module(RMSNorm, "query_norm")
+        self.key_norm = new.module(RMSNorm, "key_norm")
         self.out = new("out")
         self.layout = new.layout
 
@@ -139,12 +141,14 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, "KVCache | None"]:
         layout = self.layout
         x_BSD = keep(layout.enter(x_BSD), "attention_input")
-        q_BSHK = keep(
-            context.rotate(einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))), "query"
-        )
-        k_BSGK = keep(
-            context.rotate(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))), "key"
-        )
+        q_BSHK = einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))
+        k_BSGK = einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))
+        if self.query_norm is None:
+            q_BSHK = keep(context.rotate(q_BSHK), "query")
+            k_BSGK = keep(context.rotate(k_BSGK), "key")
+        else:  # whose backward pass needs its input: kept, the rest is cheap to compute again
+            q_BSHK = context.rotate(self.query_norm(keep(q_BSHK, "query")))
+            k_BSGK = context.rotate(self.key_norm(keep(k_BSGK, "key")))
         v_BSGK = keep(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
         if cache is not None:
             cache = cache.extend(k_BSGK, v_BSGK, context.start)

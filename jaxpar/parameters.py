@@ -93,6 +93,16 @@ def _norm(name: str) -> Parameter:
     return Parameter(f"{name}.scale", ("embed",), "norm_scale", initial="ones")
 
 
+def _head_norm(name: str, heads: str) -> Parameter:
+    """One scale for all heads, which may be spread over devices."""
+    return Parameter(
+        *(f"{name}.scale", ("head_dim",), "norm_scale"),
+        initial="ones",
+        summed=("batch", "seq", heads),
+        present=lambda model: model.qk_norm,
+    )
+
+
 # Names of the dimensions of weights.
 _D, _H, _G, _K, _F, _V = "embed_fsdp", "heads", "kv_heads", "head_dim", "ffn", "vocab"
 
@@ -111,6 +121,8 @@ TABLE: Mapping[str, Parameter] = {
                 *("attention.out", (_D, _H, _K), "matrix", (_H, _K), "attention_output"),
                 initial="residual",
             ),
+            _head_norm("attention.query_norm", _H),
+            _head_norm("attention.key_norm", _G),
             _norm("mlp_norm"),
             Parameter("mlp.gate", (_D, _F), "matrix", (_D,), "gate"),
             Parameter("mlp.up", (_D, _F), "matrix", (_D,), "up"),

@@ -89,6 +89,8 @@ LAYER = {
     "layers.attention.query": "self_attn.q_proj",
     "layers.attention.key": "self_attn.k_proj",
     "layers.attention.value": "self_attn.v_proj",
+    "layers.attention.query_norm.scale": "self_attn.q_norm",
+    "layers.attention.key_norm.scale": "self_attn.k_norm",
     "layers.attention.out": "self_attn.o_proj",
     "layers.mlp_norm.scale": "post_attention_layernorm",
     "layers.mlp.gate": "mlp.gate_proj",

@@ -27,7 +27,7 @@ from closeness import (
     train_ours,
     within,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config, MeshConfig, RopeScaling
@@ -42,7 +42,7 @@ from jaxpar.validation import validate_mesh
 # The same weights in both.
 
 
-def hugging_face(config: Config, weights: Leaves) -> LlamaForCausalLM:
+def hugging_face(config: Config, weights: Leaves) -> LlamaForCausalLM | Qwen3ForCausalLM:
     """The model of Hugging Face with these weights."""
     m, scaling = config.model, config.model.rope_scaling
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": m.rope_theta}
@@ -68,7 +68,10 @@ def hugging_face(config: Config, weights: Leaves) -> LlamaForCausalLM:
         rope_parameters=rope,
         use_cache=False,
     )
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest, attn_implementation="eager"))
+    kind, kind_config = (
+        (Qwen3ForCausalLM, Qwen3Config) if m.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    )
+    model = kind(kind_config(**sizes, **heads, **rest, attn_implementation="eager"))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == m.tie_embeddings
     if m.tie_embeddings:
         weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
@@ -86,6 +89,7 @@ CASES = {
     "tied": MODEL | dict(tie_embeddings=True, rope_theta=500_000.0),
     "llama 3.1": MODEL
     | dict(head_dim=16, rope_scaling=dict(factor=8.0, original_sequence_length=32)),
+    "qwen 3": MODEL | dict(kv_heads=2, head_dim=10, qk_norm=True, norm_eps=1e-6),
     "odd": dict(vocab_size=67, dim=36, layers=1, heads=3, ffn_dim=50, norm_eps=0.1),
 }
 DOCUMENTS = ((24,), (11, 2, 9))
@@ -145,7 +149,7 @@ def ours(config: Config, model: Llama, batch: Batch) -> Outcome:
     return Outcome(documents, float(losses.cross_entropy), to_hugging_face(gradients))
 
 
-def theirs(model: LlamaForCausalLM, documents: list[np.ndarray]) -> Outcome:
+def theirs(model: LlamaForCausalLM | Qwen3ForCausalLM, documents: list[np.ndarray]) -> Outcome:
     """Each document alone, with the loss of Hugging Face, weighted by its predictions."""
     logits, losses = [], []
     for document in documents:
@@ -163,7 +167,10 @@ def theirs(model: LlamaForCausalLM, documents: list[np.ndarray]) -> Outcome:
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest) -> tuple[Outcome, Outcome]:
     """One case in jaxpar, on one device, and in Hugging Face."""
-    config, mesh = config_of(model=CASES[request.param]), mesh_of()
+    sizes = dict(
+        data=dict(sequence_length=sum(DOCUMENTS[0])), train=dict(batch_size=len(DOCUMENTS))
+    )
+    config, mesh = config_of(model=CASES[request.param], **sizes), mesh_of()
     batch, documents = packed(config.model.vocab_size)
     with jax.set_mesh(mesh):
         model = draw(config, mesh, std=0.2)

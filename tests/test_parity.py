@@ -136,6 +136,44 @@ def test_weights_gathered_elsewhere(text, sizes, parallel, groups):
     check(make_config(text, parallel=parallel, **groups), sizes)
 
 
+# Both scales are shared by heads that lie on several devices; one microbatch and several, with and
+# without sequence parallelism, and where weights are gathered.
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        (dict(data=2, tensor=2), dict(sequence_parallel=False)),
+        (dict(fsdp=2, sequence=2, tensor=2), dict(microbatches=4)),
+        *(
+            pytest.param(sizes, groups, marks=pytest.mark.slow)
+            for sizes, groups in (
+                (
+                    dict(data=2, fsdp=2, tensor=2),
+                    dict(
+                        microbatches=2,
+                        parallel=dict(optimizer_sharding="data", gather="per_step"),
+                    ),
+                ),
+                (
+                    dict(sequence=2, tensor=2),
+                    dict(sequence_parallel=False, parallel=dict(context="ring")),
+                ),
+                (
+                    dict(data=2, sequence=2),
+                    dict(microbatches=2, parallel=dict(context="ulysses")),
+                ),
+                (
+                    dict(fsdp=2, tensor=2),
+                    dict(memory=dict(remat="dots", offload="residual,query,key")),
+                ),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_qk_norm(text, sizes, groups):
+    check(make_config(text, model=dict(MODEL, init_std=0.1, qk_norm=True), **groups), sizes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("sizes", ALL_MESHES, ids=lambda sizes: "-".join(map(str, sizes.values())))

@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     ),
     "heads": ((16, 8), (8, 8), (8, 2), (4, 1)),
     "tied": (False, True),
+    "qk_norm": (False, True),
     "packing": (True, False),
     "microbatches": (1, 2, 4),
     "gather": ("per_layer", "per_step"),
@@ -52,7 +53,12 @@ def config_of(text, draw: Draw):  # noqa: F811 (the fixture)
     return make_config(
         text,
         model=dict(
-            MODEL, heads=heads, kv_heads=kv_heads, tie_embeddings=draw["tied"], init_std=0.1
+            MODEL,
+            heads=heads,
+            kv_heads=kv_heads,
+            tie_embeddings=draw["tied"],
+            qk_norm=draw["qk_norm"],
+            init_std=0.1,
         ),
         data=dict(packing=draw["packing"]),
         microbatches=draw["microbatches"],

@@ -57,10 +57,18 @@ def pipeline_config(path, *, layers=4, microbatches=4, chunks=1, model=None, tra
 TIED = dict(model=dict(tie_embeddings=True))
 
 FAST = {
-    "1f1b, sequence parallel, tied": (dict(pipeline=2, fsdp=2, tensor=2), dict(**TIED)),
+    "1f1b, sequence parallel, tied": (
+        dict(pipeline=2, fsdp=2, tensor=2),
+        dict(model=dict(tie_embeddings=True, qk_norm=True)),
+    ),
     "per step, no sequence parallelism": (
         dict(pipeline=2, data=2, tensor=2),
-        dict(microbatches=1, sequence_parallel=False, parallel=dict(gather="per_step")),
+        dict(
+            microbatches=1,
+            sequence_parallel=False,
+            parallel=dict(gather="per_step"),
+            model=dict(qk_norm=True),
+        ),
     ),
     "chunks, ring, full remat": (
         dict(pipeline=2, sequence=2),
@@ -96,7 +104,11 @@ SLOW = {
     "tensor, chunks": (dict(pipeline=2, tensor=4), dict(chunks=2)),
     "tensor without sequence parallelism, gpipe": (
         dict(pipeline=2, tensor=4),
-        dict(sequence_parallel=False, parallel=dict(schedule="gpipe"), **TIED),
+        dict(
+            sequence_parallel=False,
+            parallel=dict(schedule="gpipe"),
+            model=dict(tie_embeddings=True, qk_norm=True),
+        ),
     ),
     "all-gather": (dict(pipeline=2, sequence=4), dict()),
     "ring, zigzag": (
