@@ -1,8 +1,8 @@
 """Compile one training step and account for its memory and its collectives, by name.
 
-  python -m jaxpar.explain --config=configs/llama3_8b.py --mesh.fsdp=64 --hardware=h100
-  --topology=8x1x8 python -m jaxpar.explain --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4
-  --mesh.tensor=2
+  python -m jaxpar.explain --config=configs/llama3_8b.py --mesh.fsdp=64 --hardware=h100 \\
+      --topology=8x1x8
+  python -m jaxpar.explain --config=configs/tiny.py --cpu_devices=8 --mesh.fsdp=4 --mesh.tensor=2
 
 For GPUs that are not there (--hardware), for simulated CPU devices (--cpu_devices), or for the
 devices of this machine. Everything is of one device and one step. When the step does not fit, it
@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from jaxpar import cli
 from jaxpar.config import Config, ConfigError, MeshConfig
@@ -26,7 +27,7 @@ from jaxpar.estimate.hardware import NAMES, find, of_kind
 from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
 from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.report.gantt import picture
-from jaxpar.report.page import explain_page
+from jaxpar.report.page import explain_page, subject
 from jaxpar.validation import resolve_mesh, validate_mesh
 
 
@@ -111,108 +112,108 @@ def compile_remedies(
     return [row for row in tried if row["fits"]]
 
 
-def print_report(report: dict[str, Any], rows: int) -> None:
-    """Tables for the terminal, of at most so many rows."""
-    console = Console()
+def print_report(report: Mapping[str, Any], rows: int, console: Console | None = None) -> None:
+    """The verdict, and what would make it fit; then tables of at most so many rows."""
+    console = console or Console(highlight=False)
     mesh = MeshConfig(**report["mesh"])
     console.print(
-        f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:",
-        highlight=False,
+        f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:"
     )
+    for line in verdict(report):
+        console.print(line, markup=False, soft_wrap=True)
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     for table in (
         memory_table(report),
         leaf_table(report, rows),
         buffer_table(report, rows),
         traffic_table(report, rows),
     ):
+        console.print()
         console.print(table)
-    print(f"matmuls and attention: {report['flops'] / 1e12:,.2f} TFLOP")
-    for warning in report["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", highlight=False)
-    print_verdict(report)
+    console.print(f"\nmatmuls and attention: {report['flops'] / 1e12:,.2f} TFLOP")
 
 
-def memory_table(report: dict[str, Any]) -> Table:
-    """What the peak is made of, the largest first."""
-    memory, room = report["memory"], report["room"]
-    of = f" of {human(room)}" if room else ""
-    table = Table(
-        "memory", _number("bytes"), Column("", ratio=1), title=f"peak {human(memory['peak'])}{of}"
-    )
-    for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
-        if not size:
-            continue
-        bar = "█" * round(40 * size / max(memory["peak"], room or 0))
-        table.add_row(PART_NAMES[name], human(size), bar)
-    return table
-
-
-def leaf_table(report: dict[str, Any], rows: int) -> Table:
-    """Parameters and optimizer state, the largest first."""
-    leaves = sorted(report["by_parameter"], key=lambda leaf: -leaf["bytes_per_device"])
-    table = Table(
-        *("leaf", "shape", "dtype", "sharding", _number("MiB")),
-        title=f"the {min(rows, len(leaves))} largest of {len(leaves)} leaves that a device holds between steps",
-    )
-    for leaf in leaves[:rows]:
-        table.add_row(
-            leaf["name"],
-            str(leaf["shape"]),
-            leaf["dtype"],
-            leaf["sharding"],
-            mib(leaf["bytes_per_device"]),
-        )
-    return table
-
-
-def buffer_table(report: dict[str, Any], rows: int) -> Table:
-    """Temporary arrays that live at the peak."""
-    found = report["temporaries"]
-    title = f"the {min(rows, len(found))} largest of {len(found)} temporaries at the peak"
-    table = Table("shape", _number("MiB"), "for", "made by", title=title)
-    for buffer in found[:rows]:
-        made_by = buffer["source"] or buffer["operation"] or "the compiler"
-        table.add_row(buffer["shape"], mib(buffer["bytes"]), PART_NAMES[buffer["part"]], made_by)
-    return table
-
-
-def traffic_table(report: dict[str, Any], rows: int) -> Table:
-    """Collectives, the longest first."""
-    found = report["collectives"]
-    title = f"the {min(rows, len(found))} longest of {len(found)} collectives; ms at link speed, of all times"
-    numbers = (_number(name) for name in ("times", "MiB each", "MiB", "ms"))
-    table = Table("collective", "axes", "dtype", *numbers, "async", "for", title=title)
-    for row in found[:rows]:
-        sizes = f"{row['count']:,}", mib(row["size"]), mib(row["bytes"])
-        ms = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.2f}"
-        waits = "yes" if row["asynchronous"] else "no"
-        made_by = f"{row['source'] or 'the compiler'} ({row['phase']})"
-        table.add_row(row["op"], "+".join(row["axes"]), row["dtype"], *sizes, ms, waits, made_by)
-    return table
-
-
-def _number(name: str) -> Column:
-    return Column(name, justify="right")
-
-
-def print_verdict(report: dict[str, Any]) -> None:
-    """Whether it fits, and what would."""
+def verdict(report: Mapping[str, Any]) -> list[str]:
+    """Whether it fits, and what would, in lines; none where the room is not known."""
     if report["fits"] is None:
-        return
+        return []
     peak, room = human(report["memory"]["peak"]), human(report["room"])
     if report["fits"]:
-        print(f"fits: {peak} of {room}, besides {human(RESERVE)} for the CUDA context and NCCL")
-        return
-    print(
-        f"DOES NOT FIT: {peak} of {room}; most of it for {remedy.blame(report['memory']['parts'])}"
-    )
-    for row in report["remedies"]:
-        print(f"  {human(row['peak'])} with {row['flags']}")
+        return [f"fits: {peak} of {room}, besides {human(RESERVE)} for the CUDA context and NCCL"]
+    blamed = remedy.blame(report["memory"]["parts"])
+    lines = [f"DOES NOT FIT: {peak} of {room}; most of it for {blamed}"]
+    lines += [f"  {human(row['peak'])} with {row['flags']}" for row in report["remedies"]]
     if not report["remedies"]:
-        print(
+        lines.append(
             "  no change of remat, microbatches, sharding or mesh on these devices was found to "
             "fit: use more devices"
         )
+    return lines
+
+
+def memory_table(report: Mapping[str, Any]) -> Table:
+    """What the peak is made of, the largest first."""
+    memory, room = report["memory"], report["room"]
+    of = f" of {human(room)}" if room else ""
+    table = _table(f"peak {human(memory['peak'])}{of}", "bytes", text="for", bar=True)
+    for name, size in sorted(memory["parts"].items(), key=lambda item: -item[1]):
+        if size:
+            bar = "█" * round(24 * size / max(memory["peak"], room or 0))
+            table.add_row(human(size), PART_NAMES[name], bar)
+    return table
+
+
+def leaf_table(report: Mapping[str, Any], rows: int) -> Table:
+    """Parameters and optimizer state, the largest first."""
+    leaves = sorted(report["by_parameter"], key=lambda leaf: -leaf["bytes_per_device"])
+    many = f"the {min(rows, len(leaves))} largest of {len(leaves)} leaves"
+    table = _table(f"{many} that a device holds between steps", "MiB", text="leaf")
+    for leaf in leaves[:rows]:
+        told = f"{leaf['dtype']}{leaf['shape']}, {leaf['sharding']}"
+        table.add_row(mib(leaf["bytes_per_device"]), _two_lines(leaf["name"], told))
+    return table
+
+
+def buffer_table(report: Mapping[str, Any], rows: int) -> Table:
+    """Temporary arrays that live at the peak."""
+    found = report["temporaries"]
+    many = f"the {min(rows, len(found))} largest of {len(found)} temporaries"
+    table = _table(f"{many} at the peak", "MiB", text="array, and what made it")
+    for buffer in found[:rows]:
+        made_by = buffer["source"] or buffer["operation"] or "the compiler"
+        told = f"{buffer['shape'] or 'an array'} for {PART_NAMES[buffer['part']]}"
+        table.add_row(mib(buffer["bytes"]), _two_lines(told, made_by))
+    return table
+
+
+def traffic_table(report: Mapping[str, Any], rows: int) -> Table:
+    """Collectives, the longest first."""
+    found = report["collectives"]
+    many = f"the {min(rows, len(found))} longest of {len(found)} collectives"
+    numbers = ("MiB", "times", "ms")
+    table = _table(f"{many}; ms at link speed, of all times", *numbers, text="collective")
+    for row in found[:rows]:
+        ms = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.2f}"
+        waits = ", asynchronous" if row["asynchronous"] else ""
+        told = f"{row['op']} over {'+'.join(row['axes'])}, {row['dtype']}{waits}"
+        made_by = f"{row['source'] or 'the compiler'} ({row['phase']})"
+        count = f"{row['count']:,}"
+        table.add_row(mib(row["bytes"]), count, ms, _two_lines(told, made_by))
+    return table
+
+
+def _table(title: str, *numbers: str, text: str, bar: bool = False) -> Table:
+    """Numbers, which are never cut, and beside them text, which takes the lines that it needs."""
+    columns = [Column(name, justify="right", no_wrap=True) for name in numbers]
+    columns.append(Column(text, overflow="fold", ratio=None if bar else 1))
+    if bar:
+        columns.append(Column("", ratio=1, no_wrap=True, overflow="crop"))
+    return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+
+
+def _two_lines(first: str, second: str) -> Text:
+    return Text(first).append(f"\n  {second}", style="dim")
 
 
 def _timetable(config: Config, mesh: Mapping[str, int]) -> str:
@@ -256,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     except CompileFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    arguments = sys.argv[1:] if argv is None else argv
+    mesh = MeshConfig(**report["mesh"])
+    report["request"] = subject("jaxpar.explain", arguments, request.config, mesh)
     if page:
         Path(page).write_text(explain_page(report, _timetable(request.config, report["mesh"])))
     if output == "-":

@@ -11,6 +11,7 @@ given as --mesh.AXIS=N are kept.
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jaxpar.estimate.timing import bubble_fraction, members_near
 from jaxpar.estimate.traffic import by_axes, transfers
 from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.report.gantt import picture
-from jaxpar.report.page import plan_page
+from jaxpar.report.page import plan_page, subject
 from jaxpar.validation import validate_mesh
 
 
@@ -291,7 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     if options["verify_top"]:
         verify(rows[: options["verify_top"]], ranked, hardware, options["timeout"])
         rows.sort(key=lambda row: not row["fits"])
+    arguments = sys.argv[1:] if argv is None else argv
     report = {
+        "request": subject("jaxpar.plan", arguments, config),
         "hardware": hardware.name,
         "devices": options["devices"],
         "pipelined": pipelined,

@@ -1,12 +1,14 @@
 """`explain`: what it reports is what was compiled; bad requests, crashes and time-outs are told in
 one message."""
 
+import io
 import json
 import resource
 import time
 
 import jax
 import pytest
+from rich.console import Console
 
 from jaxpar import explain
 from jaxpar.config import ConfigError, MeshConfig, configure
@@ -146,6 +148,36 @@ def test_page_has_every_leaf_and_collective_and_nothing_from_elsewhere(report):
         row["op"] == "all-gather" for row in report["collectives"]
     )
     assert "prefers-color-scheme: dark" in report["page"] and "max-width" in report["page"]
+
+
+def test_page_and_json_say_what_they_are_of(report):
+    asked = report["request"]
+    assert asked["config"] == "tiny" and "3 layers, dim 64," in asked["model"]
+    assert "global batch 4 sequences x 64 tokens" in asked["batch"]
+    assert asked["command"].startswith("python -m jaxpar.explain --config=configs/tiny.py ")
+    for text in (asked["model"], asked["batch"], "--mesh.fsdp=4", "<h1>tiny: one training step on"):
+        assert text in report["page"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_narrow_terminals_cut_no_number(report, width):
+    """The verdict and the remedies come first, then the accounts."""
+    changed = report | dict(fits=False, room=2**20, warnings=["of the compiler"])
+    changed["remedies"] = [dict(flags="--config.memory.remat=full", peak=2**29)]
+    console = Console(width=width, highlight=False, record=True, quiet=False, file=io.StringIO())
+    explain.print_report(changed, 100, console)
+    lines = console.export_text().splitlines()
+    assert "DOES NOT FIT" in lines[1] and lines[2] == "  512.00 MiB with --config.memory.remat=full"
+    words = {word for line in lines for word in line.split()}
+    assert not any("…" in word for word in words)
+    for row in report["collectives"]:
+        assert {
+            explain.mib(row["bytes"]),
+            f"{1e3 * row['seconds']:.2f}",
+            str(row["count"]),
+        } <= words
+    for row in (*report["temporaries"], *report["by_parameter"]):
+        assert explain.mib(row.get("bytes", row.get("bytes_per_device"))) in words
 
 
 def test_page_of_what_does_not_fit_and_has_a_pipeline(report):

@@ -22,26 +22,39 @@ def svg(timetable: Timetable, title: str = "") -> str:
                     parts.append(_box(x, top + stage * height, width * unit, height, work, colours))
             x += width * unit
     bottom = top + timetable.stages * height
+    stages = range(timetable.stages)
     labels = [
-        _text(left - 8, top + (stage + 0.65) * height, f"stage {stage}", "end")
-        for stage in range(timetable.stages)
+        _text(left - 8, top + (stage + 0.65) * height, f"stage {stage}", anchor="end")
+        for stage in stages
     ]
     head = [
-        _text(left, 16, title or "pipeline", "start", weight="bold"),
-        _text(left, 34, describe(timetable), "start"),
+        _text(left, 16, title or "pipeline", weight="bold"),
+        _text(left, 34, describe(timetable)),
     ]
+    size = f'width="{max(x + 12, 640)}" height="{bottom + 12}"'
+    ground = f'x="{left}" y="{top}" width="{x - left}" height="{bottom - top}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(x + 12, 640)}" height="{bottom + 12}" '
-            'font-family="sans-serif" font-size="11">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            f'<rect x="{left}" y="{top}" width="{x - left}" height="{bottom - top}" fill="#eeeeee"/>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="timetable" {size} {_FONT}>',
+            f"<style>{_STYLE}</style>",
+            '<rect width="100%" height="100%" class="page"/>',
+            f'<rect {ground} class="idle"/>',
             *head,
             *labels,
             *parts,
             "</svg>\n",
         ]
     )
+
+
+_FONT = 'font-family="sans-serif" font-size="11"'
+_STYLE = (
+    ".timetable .page { fill: #ffffff } .timetable .idle { fill: #eeeeee } "
+    ".timetable .ink { fill: #1c1c1a } "
+    "@media (prefers-color-scheme: dark) { .timetable .page { fill: #1f201f } "
+    ".timetable .idle { fill: #373835 } .timetable .ink { fill: #ececea } }"
+)
+"""Colours of the ground and of what is written on it, light and dark, in a page and alone."""
 
 
 MOST = 64
@@ -64,10 +77,11 @@ def picture(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> s
 
 def _box(x: int, y: int, width: int, height: int, work: Work, colours: tuple[str, ...]) -> str:
     shade = min(work.chunk, len(colours) - 1)
-    ink = "white" if shade > 1 else "black"
-    return (
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{colours[shade]}" stroke="white"/>'
-        + _text(x + width / 2, y + 0.65 * height, str(work.microbatch), "middle", ink=ink, size=9)
+    place = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    ink = 'fill="white"' if shade > 1 else 'fill="black"'
+    middle = x + width / 2, y + 0.65 * height
+    return f'<rect {place} fill="{colours[shade]}" stroke="white"/>' + _text(
+        *middle, str(work.microbatch), anchor="middle", ink=ink, size=9
     )
 
 
@@ -75,13 +89,11 @@ def _text(
     x: float,
     y: float,
     text: str,
-    anchor: str,
     *,
-    ink: str = "black",
+    anchor: str = "start",
+    ink: str = 'class="ink"',
     size: int = 11,
-    weight="normal",
+    weight: str = "normal",
 ) -> str:
-    return (
-        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{ink}" font-size="{size}" font-weight="{weight}">'
-        f"{text}</text>"
-    )
+    font = f'font-size="{size}" font-weight="{weight}"'
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" {ink} {font}>{text}</text>'
