@@ -63,7 +63,7 @@ STRICTER = {
     "parallel/timetable": set(),
     "report/hlo": set(),
     "report/apart": {"config", "estimate"},
-    "report/page": {"estimate", "report"},
+    "report/page": {"config", "estimate", "report"},
     "report/gantt": {"parallel/timetable"},
 }
 """Modules that import less than their place allows."""
