@@ -10,6 +10,18 @@ import json
 import sys
 from pathlib import Path
 
+from arguments import parser
+
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    flags = parser(__doc__)
+    defaults = dict(
+        batch=4, length=4096, heads=32, kv_heads=8, head_dim=128, document=1000, repeats=20
+    )
+    for name, default in defaults.items():
+        flags.add_argument(f"--{name}", type=int, default=default)
+    flags.add_argument("--json", help="file for the results")
+    OPTIONS = flags.parse_args()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,17 +45,7 @@ def documents(batch: int, length: int, mean: int) -> TokenInfo:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    defaults = dict(
-        batch=4, length=4096, heads=32, kv_heads=8, head_dim=128, document=1000, repeats=20
-    )
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", help="file for the results")
-    asked = parser.parse_args()
+def main(asked: argparse.Namespace) -> int:
     device = jax.devices()[0]
     if device.platform != "gpu":
         print(f"bench_attention needs a GPU; this is {device.device_kind}", file=sys.stderr)
@@ -103,4 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(OPTIONS))

@@ -20,27 +20,26 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
+from arguments import ROOT, parser
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    flags = parser(__doc__)
+    flags.add_argument("--tokens", type=int, default=50_000_000, help="tokens of the corpus")
+    flags.add_argument(
+        "--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="sequence lengths"
+    )
+    OPTIONS = flags.parse_args()
+
+import numpy as np
 
 from jaxpar.config import DataConfig
 from jaxpar.data.batches import batches
 from jaxpar.data.corpus import open_corpus
 
-ROOT = Path(__file__).parents[1]
 SHARDS, ROWS, SECONDS = 8, 128, 2.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens of the corpus")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="sequence lengths"
-    )
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     with tempfile.TemporaryDirectory() as folder:
@@ -124,4 +123,4 @@ def run(folder: str, tokens: int) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(OPTIONS)

@@ -13,6 +13,7 @@ the same run. `--breakdown` adds the parts of jaxpar's step: breakdown.py.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import importlib.metadata
@@ -28,12 +29,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arguments import ROOT, parser
+
 if TYPE_CHECKING:
     from jaxpar.config import Config
     from jaxpar.data.batches import Batch
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 CONTENDERS = ("jaxpar", "eager", "compile")
 
 
@@ -260,36 +261,33 @@ def breakdown_table(parts: dict[str, Any], total: float) -> list[str]:
 
 
 def main() -> None:
-    own: dict[str, str] = {}
-    rest = []
-    names = ("worker", "steps", "begin", "rounds", "contenders", "breakdown", "json")
-    for argument in sys.argv[1:]:
-        name, _, value = argument.removeprefix("--").partition("=")
-        if name in names:
-            own[name] = value
-        else:
-            rest.append(argument)
-    if not rest or "--help" in rest:
-        sys.exit(
-            f"{__doc__}\nFlags: {', '.join(f'--{name}' for name in names)}, and those of "
-            "jaxpar.train."
-        )
+    from jaxpar import cli
+
+    flags = parser(f"{__doc__}\nFurther flags are those of jaxpar.train, as --config=FILE.")
+    flags.add_argument("--contenders", default=",".join(CONTENDERS), help="which, with commas")
+    flags.add_argument("--rounds", type=int, default=3, help="processes of each")
+    flags.add_argument("--steps", type=int, default=10, help="timed in each")
+    flags.add_argument("--breakdown", action="store_true", help="the parts of jaxpar's step too")
+    flags.add_argument("--json", type=Path, help="file for the results")
+    flags.add_argument("--worker", help=argparse.SUPPRESS)  # what the processes are started with
+    flags.add_argument("--begin", type=float, help=argparse.SUPPRESS)
+    own, rest = flags.parse_known_args()
     rest.append("--workdir=unused")
-    steps = int(own.get("steps", 10))
-    if "worker" in own:
-        print(json.dumps(worker(own["worker"], rest, steps, float(own["begin"]))))
+    if own.worker:
+        print(json.dumps(worker(own.worker, rest, own.steps, own.begin)))
         return
-    contenders = own.get("contenders", ",".join(CONTENDERS)).split(",")
-    result = run_all(rest, contenders, int(own.get("rounds", 3)), steps)
-    if "breakdown" in own:
+    try:
+        cli.parse(rest, __doc__ or "")
+    except cli.ConfigError as error:
+        flags.error(str(error))
+    result = run_all(rest, own.contenders.split(","), own.rounds, own.steps)
+    if own.breakdown:
         command = [sys.executable, str(ROOT / "scripts" / "breakdown.py"), *rest[:-1]]
-        run = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True
-        )
+        run = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         result["breakdown"] = json.loads(run.stdout.splitlines()[-1])
     print(report(result))
-    if "json" in own:
-        Path(own["json"]).write_text(json.dumps(result, indent=2) + "\n")
+    if own.json:
+        own.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

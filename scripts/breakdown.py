@@ -13,13 +13,23 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from arguments import parser
+
+from jaxpar import cli
+
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    try:
+        REQUEST = cli.parse([*sys.argv[1:], "--workdir=unused"], __doc__ or "")
+    except cli.ConfigError as error:
+        parser(__doc__).error(str(error))
+
 import jax
 import jax.numpy as jnp
 import optax
 from calibrate import matmul_rate
 from stopwatch import seconds
 
-from jaxpar import attention, cli, loss
+from jaxpar import attention, loss
 from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.estimate import counts
@@ -175,8 +185,7 @@ def both_ways(function: Callable, *arrays: Any, turns: int = 1) -> float:
     return seconds(jax.jit(program), gradient, *arrays, repeats=REPEATS)
 
 
-def main() -> None:
-    request = cli.parse([*sys.argv[1:], "--workdir=unused"], __doc__ or "")
+def main(request: cli.Request) -> None:
     mesh = cli.start(request, request.config)
     if mesh.size != 1:
         sys.exit(f"the breakdown is of one device, and this mesh has {mesh.size}")
@@ -185,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(REQUEST)

@@ -1,6 +1,6 @@
 """Measures the rates that `plan` computes times with, and writes them as a hardware file.
 
-  python scripts/calibrate.py --output=h100.toml              # on the machine itself; needs its GPU for nothing else
+  python scripts/calibrate.py --output=h100.toml     # on the machine itself; its GPU must be free
   python -m jaxpar.plan --hardware=h100.toml --devices=64 --config=...
 
 Matmuls of several widths, a copy of a large array, attention forward and backward as the layers
@@ -15,6 +15,21 @@ import json
 import os
 import platform
 from pathlib import Path
+
+from arguments import parser
+
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    flags = parser(__doc__)
+    flags.add_argument("--output", type=Path, required=True, help="the TOML file to write")
+    flags.add_argument("--rows", type=int, default=8192, help="of the matrices")
+    flags.add_argument("--length", type=int, default=8192, help="of the sequence of attention")
+    flags.add_argument("--heads", type=int, default=16, help="of attention")
+    flags.add_argument(
+        "--mib", type=int, default=1024, help="of the arrays that are copied and gathered"
+    )
+    flags.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    flags.add_argument("--repeats", type=int, default=10)
+    OPTIONS = flags.parse_args()
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +130,9 @@ def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str
         (gpu for gpu in map(hardware.find, hardware.NAMES) if gpu.kind == device.device_kind), None
     )
     versions = f"jax {jax.__version__}, jaxlib {jax.lib.__version__}, {platform.platform()}"
+    where = f"{count} x {device.device_kind}, {versions}"
     fields: dict[str, str | float | int] = {
-        "measured": f"{datetime.date.today()} by scripts/calibrate.py on {count} x {device.device_kind}, {versions}"
+        "measured": f"{datetime.date.today()} by scripts/calibrate.py on {where}"
     }
     if known:
         output.with_suffix(".txtpb").write_text(known.target)
@@ -139,20 +155,7 @@ def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str
     return fields | ({"link_share": found["link"] / link} if "link" in found else {})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the TOML file to write")
-    parser.add_argument("--rows", type=int, default=8192, help="of the matrices")
-    parser.add_argument("--length", type=int, default=8192, help="of the sequence of attention")
-    parser.add_argument("--heads", type=int, default=16, help="of attention")
-    parser.add_argument(
-        "--mib", type=int, default=1024, help="of the arrays that are copied and gathered"
-    )
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     fields = describe(measure(options), options.output, options.dtype)
     lines = [
         f"{name} = {json.dumps(round(v, 6) if isinstance(v, float) else v)}"
@@ -166,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(OPTIONS)

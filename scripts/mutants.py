@@ -239,7 +239,9 @@ def run_tests(copy: Path, files: list[str], timeout: float, *flags: str) -> tupl
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--count", type=int, default=60, help="number of mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")

@@ -1,7 +1,7 @@
 """Times the schedules of a pipeline side by side on simulated devices: `1f1b` against `gpipe` with
 the same remat.
 
-  PYTHONPATH=. python scripts/pipeline_speed.py [--stages=4] [--microbatches=8] [--repeats=7]
+  python scripts/pipeline_speed.py [--stages=4] [--microbatches=8] [--repeats=7]
   [--remat=full]
 
 Steps of the two take turns, so that what else the machine does hits both alike; medians are printed
@@ -13,6 +13,15 @@ import argparse
 import json
 import statistics
 import time
+
+from arguments import parser
+
+if __name__ == "__main__":  # before jax is imported, which takes seconds
+    flags = parser(__doc__)
+    for name, default in (("stages", 4), ("microbatches", 8), ("repeats", 7)):
+        flags.add_argument(f"--{name}", type=int, default=default)
+    flags.add_argument("--remat", default="full")
+    OPTIONS = flags.parse_args()
 
 import jax
 
@@ -58,14 +67,7 @@ def make_run(options: argparse.Namespace, schedule: str):
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in (("stages", 4), ("microbatches", 8), ("repeats", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--remat", default="full")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.stages)
     runs = {schedule: make_run(options, schedule) for schedule in ("1f1b", "gpipe")}
@@ -89,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(OPTIONS)

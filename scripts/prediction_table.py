@@ -2,12 +2,11 @@
 that are not there.
 
   make test ARGS="--co -q"     # once: puts the GPU compiler into .venv/gpu-compiler
-  PYTHONPATH=.:.venv/gpu-compiler python scripts/prediction_table.py [--only=WORD] [--output=FILE] [--cache=FILE]
+  python scripts/prediction_table.py [--only=WORD] [--output=FILE] [--cache=FILE]
 
 Compiles one configuration after the other in a process of its own; --cache keeps what was compiled.
 """
 
-import argparse
 import dataclasses
 import datetime
 import importlib.metadata
@@ -19,6 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arguments import ROOT
+from pages import page_parser, table, write
+
 from jaxpar.config import Config, MeshConfig
 from jaxpar.estimate.counts import step_flops
 from jaxpar.estimate.hardware import find
@@ -28,7 +30,6 @@ from jaxpar.estimate.traffic import by_axes, transfers
 from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.validation import resolve, validate_mesh
 
-ROOT = Path(__file__).parents[1]
 SMALL = 2 * 2**20
 """Bytes a step under which traffic over some axes is bookkeeping: norm scales, losses, counts."""
 
@@ -217,11 +218,8 @@ class Compiled:
         """
         key = found.key()
         if key not in self._kept:
-            gpu = find(found.gpu)
-            target = Target(gpu, gpu.topology(found.mesh.devices))
-            report = compile_report(
-                found.config, dataclasses.asdict(found.mesh), target, self._timeout
-            )
+            target = Target.absent(found.gpu, found.mesh.devices)
+            report = compile_report(found.config, found.mesh, target, self._timeout)
             sent: dict[str, int] = {}
             for row in report["collectives"]:
                 axes = "+".join(row["axes"])
@@ -260,14 +258,19 @@ def against_compiler(compiled: Compiled, only: str) -> str:
         cells = [found.name, gpus, str(found.mesh), remat, settings(found)]
         worst = ", ".join(f"{axes} {value:+.1%}" for axes, value in sorted(off.items()))
         rows.append([*cells, gib(predicted), gib(peak), f"{errors[-1]:+.1%}", worst])
-    head = "model | GPUs | mesh | remat | with | predicted peak, GiB | compiled, GiB | off | bytes by axes, off"
+    if not rows:
+        return "\n\n".join(failed)
+    head = (
+        "model | GPUs | mesh | remat | with | predicted peak, GiB | compiled, GiB | off | "
+        "bytes by axes, off"
+    )
     sizes = sorted(map(abs, errors))
     summary = (
         f"{len(rows)} configurations. Peak: median of the absolute errors "
         f"**{statistics.median(sizes):.1%}**, 90th "
         f"percentile **{sizes[math.ceil(0.9 * len(sizes)) - 1]:.1%}**, largest {sizes[-1]:.1%}. "
         "Bytes by axes: largest "
-        f"error of {len(traffic)} **{max(map(abs, traffic)):.1%}**."
+        f"error of {len(traffic)} **{max(map(abs, traffic), default=0):.1%}**."
     )
     return "\n\n".join([summary, table(head, rows), *failed])
 
@@ -321,7 +324,8 @@ def best_meshes(compiled: Compiled, only: str) -> str:
             if peak + RESERVE <= gpu.memory_bytes:
                 break
         tokens = step_flops(best.config).tokens / best.seconds / devices
-        how = f"{best.mesh}, {best.config.train.microbatches} microbatches, remat {best.config.memory.remat}"
+        run = best.config
+        how = f"{best.mesh}, {run.train.microbatches} microbatches, remat {run.memory.remat}"
         figures = [
             gib(best.peak.total),
             gib(peak),
@@ -330,17 +334,15 @@ def best_meshes(compiled: Compiled, only: str) -> str:
             f"{best.mfu(gpu):.0%}",
         ]
         rows.append([name, str(devices), how, *figures, published])
-    head = "config | H100s | best mesh | predicted peak, GiB | compiled, GiB | predicted step, s | predicted tokens/s"
-    return table(head + " a GPU | predicted MFU | published, by others, a GPU", rows)
+    head = (
+        "config | H100s | best mesh | predicted peak, GiB | compiled, GiB | predicted step, s | "
+        "predicted tokens/s a GPU | predicted MFU | published, by others, a GPU"
+    )
+    return table(head, rows) if rows else ""
 
 
 def gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
-
-
-def table(header: str, rows: list[list[str]]) -> str:
-    lines = [header.split("|"), ["---"] * (header.count("|") + 1), *rows]
-    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
 
 
 TEXT = """\
@@ -348,55 +350,53 @@ TEXT = """\
 
 Written on {date} with jax {jax} and its CUDA compiler {plugin}, by
 
-    PYTHONPATH=.:.venv/gpu-compiler python scripts/prediction_table.py
+    python scripts/prediction_table.py
 
-for GPUs that were not there. **Nothing here was measured on a GPU.** "Predicted" is the arithmetic of `jaxpar.plan`,
-"compiled" what XLA's GPU compiler says of the same step: peak = arguments + results - donated + temporary buffers, of
-one device. In neither: the CUDA context and NCCL's buffers (`plan` and `explain` keep 2 GiB free for them) and the
-workspace of cuDNN's attention.
+for GPUs that were not there. **Nothing here was measured on a GPU.** "Predicted" is the arithmetic
+of `jaxpar.plan`, "compiled" what XLA's GPU compiler says of the same step: peak = arguments +
+results - donated + temporary buffers, of one device. In neither: the CUDA context and NCCL's
+buffers (`plan` and `explain` keep 2 GiB free for them) and the workspace of cuDNN's attention.
 
 ## Memory and traffic, arithmetic against compiler
 
 {compiler}
 
-The arithmetic has five constants that stand for what XLA makes of a step (`jaxpar/estimate/memory.py`); they were chosen on most
-of these configurations, so the errors are not those of a blind test. The three rows before the pipelines were added
-after that: with many sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a
-pipeline holds follows from the program, but for two things that were read off these rows: GPipe has its gradients
-three times, and two stages of one chunk have about half of their activations twice, which is the fifth constant.
+The arithmetic has five constants that stand for what XLA makes of a step
+(`jaxpar/estimate/memory.py`); they were chosen on most of these configurations, so the errors are
+not those of a blind test. The three rows before the pipelines were added after that: with many
+sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a pipeline
+holds follows from the program, but for two things that were read off these rows: GPipe has its
+gradients three times, and two stages of one chunk have about half of their activations twice, which
+is the fifth constant.
 
-Bytes are those of all collectives of a step on one device, by the axes they run over; axes with less than 2 MiB a step
-(norm scales, sums of the loss) are left out. With chunks the embedding of a pipeline stands in a branch that few ticks
-take; here it is counted in every tick on both sides, because the compiled text does not say which.
+Bytes are those of all collectives of a step on one device, by the axes they run over; axes with
+less than 2 MiB a step (norm scales, sums of the loss) are left out. With chunks the embedding of a
+pipeline stands in a branch that few ticks take; here it is counted in every tick on both sides,
+because the compiled text does not say which.
 
 ## The best meshes for Llama 3 on H100s
 
 {best}
 
-The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention once. Times rest on
-shares of peaks that were not measured with jaxpar (`jaxpar/estimate/hardware.py` lists them), and on the assumption that traffic
-which nothing waits for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
-`scripts/calibrate.py` measures those shares on a machine and writes them as a hardware file, which `--hardware` takes;
-there was no GPU to run it on, only a CPU, where it was tried.
+The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention
+once. Times rest on shares of peaks that were not measured with jaxpar
+(`jaxpar/estimate/hardware.py` lists them), and on the assumption that traffic which nothing waits
+for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
+`scripts/calibrate.py` measures those shares on a machine and writes them as a hardware file, which
+`--hardware` takes; there was no GPU to run it on, only a CPU, where it was tried.
 Mixture-of-experts models (Mixtral) are not built yet, so there is no row for one.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", default="", help="only the configs whose name has this word")
-    parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds that a compilation may take"
-    )
-    parser.add_argument(
+    flags = page_parser(__doc__, "predictions.md", "the configs whose name has this word")
+    flags.add_argument(
         "--cache", type=Path, help="keep what was compiled in this file, and read it from there"
     )
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs" / "predictions.md", help="the page to write"
-    )
-    options = parser.parse_args()
+    options = flags.parse_args()
+    names = {found.name for found in cases()} | {name for name, _ in PUBLISHED}
+    if not any(options.only in name for name in names):
+        flags.error(f"--only={options.only} is in none of {', '.join(sorted(names))}")
     check_gpu_compiler()
     compiled = Compiled(options.cache, options.timeout)
     page = TEXT.format(
@@ -406,7 +406,7 @@ def main() -> None:
         compiler=against_compiler(compiled, options.only),
         best=best_meshes(compiled, options.only),
     )
-    options.output.write_text(page)
+    write(page, options)
 
 
 if __name__ == "__main__":

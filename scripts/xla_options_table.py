@@ -1,28 +1,34 @@
 """Writes docs/xla_options.md: what each XLA option changes in the compiled step of Llama 3 8B, on
 GPUs that are absent, and what jaxpar's options for CPUs change on this machine.
 
-  PYTHONPATH=.:.venv/gpu-compiler JAX_PLATFORMS=cpu python scripts/xla_options_table.py [--only=gpu
-  | --only=cpu]
+  make test ARGS="--co -q"     # once: puts the GPU compiler into .venv/gpu-compiler
+  python scripts/xla_options_table.py [--only=gpu | --only=cpu] [--output=FILE]
 
 A collective is covered where its schedule has a matmul or attention between its start and its end:
 that is what the compiler arranges, not what a GPU takes.
 """
 
+import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
 import runpy
-import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from arguments import ROOT
+from pages import page_parser, table, write
+
+from jaxpar.config import Config, MeshConfig, from_mapping
+from jaxpar.estimate import counts
+from jaxpar.report import hlo
+from jaxpar.report.apart import Target, check_gpu_compiler, compile_report, run_apart
+from jaxpar.validation import resolve
 
 PIPELINED = [
     f"xla_gpu_enable_pipelined_{kind}=true"
@@ -53,71 +59,45 @@ CASES: list[tuple[str, list[str], str]] = [
 TENSOR_CASES = [("XLA's own defaults", []), ("the three pipelined options", PIPELINED)]
 
 
-def compile_case(tensor: bool) -> dict[str, float]:
-    """Compiles a step in this process: Llama 3 8B on fsdp 8, or with `tensor` Llama 3 70B on fsdp 8
-    x tensor 8."""
-    from jaxpar.compile import absent_gpus, compile_train_step
-    from jaxpar.config import MeshConfig
-    from jaxpar.estimate.hardware import find
-    from jaxpar.report.hlo import collectives
-    from jaxpar.sharding import make_mesh
-    from jaxpar.validation import resolve
-
-    name, sizes, topology = ("llama3_8b", MeshConfig(fsdp=8), "1x1x8")
-    if tensor:
-        name, sizes, topology = "llama3_70b", MeshConfig(fsdp=8, tensor=8), "8x1x8"
+def configured(name: str, **groups: Any) -> Config:
+    """A file of configs/, changed by groups of fields."""
     raw = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
-    batch = dict(batch_size=8 * sizes.tensor)
-    raw.update(dict(train=batch, memory=dict(remat="full"), compile=dict(preset=False)))
-    mesh = make_mesh(sizes, absent_gpus(find("h100").target, topology))
-    compiled = compile_train_step(resolve(raw), mesh)
-    stats = compiled.memory_analysis()
-    assert stats is not None
-    covered, bare = in_loops(compiled.as_text())
-    scattered = sum(
-        c.bytes * c.count
-        for c in collectives(compiled.as_text(), mesh)
-        if c.kind == "reduce-scatter"
-    )
-    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return dict(
-        peak=peak + stats.temp_size_in_bytes, covered=covered, bare=bare, scattered=scattered
-    )
+    raw.update(groups)
+    return resolve(raw)
+
+
+def compiled(options: argparse.Namespace, flags: list[str], *, tensor: bool = False) -> dict:
+    """The account, with text, of a step compiled with XLA's defaults but for `flags`: Llama 3 8B on
+    fsdp 8, or with `tensor` Llama 3 70B on fsdp 8 x tensor 8."""
+    name, mesh = "llama3_8b", MeshConfig(fsdp=8)
+    if tensor:
+        name, mesh = "llama3_70b", MeshConfig(fsdp=8, tensor=8)
+    changed = dict(train=dict(batch_size=8 * mesh.tensor), memory=dict(remat="full"))
+    config = configured(name, **changed, compile=dict(preset=False))
+    target = Target.absent("h100", mesh.devices)
+    return compile_report(config, mesh, target, options.timeout, xla_flags=flags, text=True)
 
 
 def in_loops(text: str) -> tuple[float, float]:
     """MiB of one turn of the loops over layers that asynchronous collectives send with and without
     work beside them."""
-    from jaxpar.report.hlo import ITEMSIZE
-
-    sizes = "|".join(ITEMSIZE)
     mib = {True: 0.0, False: 0.0}
-    for body in re.split(r"\n(?=%|ENTRY)", text):
+    computations, entry = hlo.computations_of(text)
+    for name, lines in computations.items():
         started: dict[str, tuple[int, float]] = {}
-        lines = body.splitlines()
-        if lines[0].startswith("ENTRY"):
-            continue
-        for at, line in enumerate(lines):
-            made = re.match(
-                r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z\-]+)-(start|done)\((.*)", line
-            )
+        for at, line in enumerate(lines if name != entry else ()):
+            made = hlo.INSTRUCTION.match(line)
             if not made:
                 continue
-            name, result, _, end, operands = made.groups()
-            if end == "start":
-                shapes = re.findall(rf"\b({sizes})\[([\d,]*)\]", result)
-                parts = [
-                    ITEMSIZE[dtype] * math.prod(int(n) for n in dims.split(",") if n)
-                    for dtype, dims in shapes
-                ]
-                started[name] = at, max(parts, default=0) / 2**20
-            elif found := [
-                name for name in re.findall(r"%([\w.\-]+)", operands) if name in started
-            ]:
-                begin, size = started.pop(found[0])
-                mib[
-                    any(re.search("gemm|cublas|fmha", between) for between in lines[begin + 1 : at])
-                ] += size
+            if made[3].endswith("-start"):
+                size = max((array.bytes for array in hlo.arrays(made[2])), default=0)
+                started[made[1]] = at, size / 2**20
+            elif made[3].endswith("-done"):
+                for operand in hlo.operands_of(made[4]):
+                    if operand in started:
+                        begin, size = started.pop(operand)
+                        beside = lines[begin + 1 : at]
+                        mib[any(re.search("gemm|cublas|fmha", row) for row in beside)] += size
     return mib[True], mib[False]
 
 
@@ -128,20 +108,20 @@ GPU_TEXT = """\
 
 Written on {date}, with jax {jax} and its CUDA compiler, by
 
-    PYTHONPATH=.:.venv/gpu-compiler JAX_PLATFORMS=cpu python scripts/xla_options_table.py
+    python scripts/xla_options_table.py
 
-for Llama 3 8B on 8 H100s that were absent (fsdp=8, one sequence of 8192 a device, `memory.remat=full`). These are
-**predictions of the compiler**: the schedule that it arranges and the memory it sets aside. Times on a GPU: not
-measured.
+for Llama 3 8B on 8 H100s that were absent (fsdp=8, one sequence of 8192 a device,
+`memory.remat=full`). These are **predictions of the compiler**: the schedule that it arranges and
+the memory it sets aside. Times on a GPU: not measured.
 
 {table}
 
-*covered* and *bare*: MiB that the collectives of one turn of the loops over layers, forward and backward, carry with
-and without a matmul between their start and their end. `compile.preset=false` takes XLA's defaults;
-an option that `XLA_FLAGS` names is left to it.
-Pipelining covers the last percent for memory; double buffering makes a turn of two layers and covers the same share;
-combining leaves less to overlap. Pipelining also takes hold of what tensor parallelism sends, and then computes some of
-it twice. Llama 3 70B on 64 H100s (fsdp 8 x tensor 8, 64 sequences of 8192):
+*covered* and *bare*: MiB that the collectives of one turn of the loops over layers, forward and
+backward, carry with and without a matmul between their start and their end. `compile.preset=false`
+takes XLA's defaults; an option that `XLA_FLAGS` names is left to it. Pipelining covers the last
+percent for memory; double buffering makes a turn of two layers and covers the same share; combining
+leaves less to overlap. Pipelining also takes hold of what tensor parallelism sends, and then
+computes some of it twice. Llama 3 70B on 64 H100s (fsdp 8 x tensor 8, 64 sequences of 8192):
 
 {tensor}
 
@@ -149,8 +129,9 @@ it twice. Llama 3 70B on 64 H100s (fsdp 8 x tensor 8, 64 sequences of 8192):
 CPU_TEXT = """\
 ## On CPUs
 
-Measured on {date}, {machine}, Python {python}, jax {jax}, by the same script with `--only=cpu`: the step of
-[`configs/cpu_bench.py`](../configs/cpu_bench.py), {parameters:,.1f}M parameters in float32, each in its own process.
+Measured on {date}, {machine}, Python {python}, jax {jax}, by the same script: the step of
+[`configs/cpu_bench.py`](../configs/cpu_bench.py), {parameters:,.1f}M parameters in float32, each in
+its own process.
 
 | `xla_cpu_copy_insertion_use_region_analysis` | temporary memory, MB | copies of the state, MB |
 | --- | --- | --- |
@@ -159,78 +140,67 @@ Measured on {date}, {machine}, Python {python}, jax {jax}, by the same script wi
 
 Without it the compiler does not see that AdamW's moments are read before they are overwritten.
 
-| `xla_backend_optimization_level`, of the program that makes the first state | compile, s | run, s |
+| `xla_backend_optimization_level`, of what makes the first state | compile, s | run, s |
 | --- | --- | --- |
 | 1: jaxpar's, for programs that run once | {on[compile]:.2f} | {on[run]:.2f} |
 | 3: XLA's default | {off[compile]:.2f} | {off[run]:.2f} |
 """
 
 
-def compile_cpu(preset: bool) -> dict[str, float]:
-    """Compiles the step of cpu_bench.py in this process, and compiles and runs what makes its first
-    state."""
-    import jax
-
-    from jaxpar import xla
-    from jaxpar.compile import compile_train_step
-    from jaxpar.config import MeshConfig
-    from jaxpar.estimate import counts
-    from jaxpar.report.hlo import ITEMSIZE
-    from jaxpar.sharding import make_mesh
-    from jaxpar.step import init_state
-    from jaxpar.validation import resolve
-
-    raw = runpy.run_path(str(ROOT / "configs" / "cpu_bench.py"))["get_config"]()
-    raw.update(compile=dict(preset=preset, cache="none"))
-    config, mesh = resolve(raw), make_mesh(MeshConfig(), jax.devices()[:1])
-    step = compile_train_step(config, mesh)
-    copies = re.findall(r" = (f32)\[([\d,]+)\]\S* copy\(%state_", step.as_text())
-    copied = sum(ITEMSIZE[dtype] * math.prod(map(int, dims.split(","))) for dtype, dims in copies)
-    stats = step.memory_analysis()
-    assert stats is not None
-    with jax.set_mesh(mesh):
-        options = xla.options(config.compile, mesh.devices.flat, once=True)
-        lowered = jax.jit(lambda: init_state(config), compiler_options=options).lower()
-        begin = time.perf_counter()
-        init = lowered.compile()
-        compiled = time.perf_counter()
-        jax.block_until_ready(init())
+def compile_cpu(options: argparse.Namespace, *, preset: bool) -> dict[str, float]:
+    """Memory of the step of cpu_bench.py, and seconds that its first state takes."""
+    config = configured("cpu_bench", compile=dict(preset=preset, cache="none"))
+    target = Target(cpu_devices=1)
+    report = compile_report(config, MeshConfig(), target, options.timeout, text=True)
+    copies = re.findall(r" = (f32\[[\d,]+\])\S* copy\(%state_", report["text"])
+    request = {"config": dataclasses.asdict(config)}
+    times, _ = run_apart([__file__, "--first_state"], request, target, options.timeout)
     return dict(
-        temporary=stats.temp_size_in_bytes / 1e6,
-        copied=copied / 1e6,
-        compile=compiled - begin,
-        run=time.perf_counter() - compiled,
+        times,
+        temporary=report["memory"]["temporary"] / 1e6,
+        copied=sum(array.bytes for copy in copies for array in hlo.arrays(copy)) / 1e6,
         parameters=counts.parameter_count(config.model) / 1e6,
     )
 
 
-def apart(flags: list[str], *arguments: str) -> dict[str, float]:
-    """`compile_case` or `compile_cpu` in a process of its own, because XLA reads its flags once."""
-    environment = os.environ | {"XLA_FLAGS": " ".join(f"--{flag}" for flag in flags)}
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True
-    )
-    if run.returncode:
-        sys.exit(run.stderr[-2000:])
-    return json.loads(run.stdout.splitlines()[-1])
+def first_state(config: Config) -> dict[str, float]:
+    """Compiles and runs, in this process, what makes the first state."""
+    import jax
+
+    from jaxpar import xla
+    from jaxpar.sharding import make_mesh
+    from jaxpar.step import init_state
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        flags = xla.options(config.compile, mesh.devices.flat, once=True)
+        lowered = jax.jit(lambda: init_state(config), compiler_options=flags).lower()
+        begin = time.perf_counter()
+        init = lowered.compile()
+        middle = time.perf_counter()
+        jax.block_until_ready(init())
+    return dict(compile=middle - begin, run=time.perf_counter() - middle)
 
 
 def main() -> None:
-    if "--one" in sys.argv:
-        print(json.dumps(compile_case("--tensor" in sys.argv)))
-    elif "--one_cpu" in sys.argv:
-        print(json.dumps(compile_cpu("--preset" in sys.argv)))
-    else:
-        page = ROOT / "docs" / "xla_options.md"
-        before, heading, cpus = page.read_text().partition("## On CPUs")
-        page.write_text(
-            (before if "--only=cpu" in sys.argv else gpu_section())
-            + (heading + cpus if "--only=gpu" in sys.argv else cpu_section())
-        )
+    flags = page_parser(__doc__, "xla_options.md", "the part on gpu or cpu")
+    flags.add_argument("--first_state", action="store_true", help=argparse.SUPPRESS)
+    options = flags.parse_args()
+    if options.first_state:  # what `compile_cpu` runs apart
+        config = from_mapping(Config, json.load(sys.stdin)["config"])
+        print(json.dumps(first_state(config)))
+        return
+    sections = {"gpu": gpu_section, "cpu": cpu_section}
+    if options.only not in ("", *sections):
+        flags.error(f"--only={options.only} must be gpu or cpu")
+    chosen = [options.only] if options.only else list(sections)
+    if "gpu" in chosen:
+        check_gpu_compiler()
+    write("".join(sections[name](options) for name in chosen), options)
 
 
-def cpu_section() -> str:
-    on, off = apart([], "--one_cpu", "--preset"), apart([], "--one_cpu")
+def cpu_section(options: argparse.Namespace) -> str:
+    on, off = (compile_cpu(options, preset=preset) for preset in (True, False))
     return CPU_TEXT.format(
         date=datetime.date.today().isoformat(),
         machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
@@ -242,27 +212,24 @@ def cpu_section() -> str:
     )
 
 
-def gpu_section() -> str:
-    rows = [
-        "| option | peak, GiB | covered, MiB | bare, MiB | in the preset |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def gpu_section(options: argparse.Namespace) -> str:
+    rows = []
     for name, flags, verdict in CASES:
-        got = apart(flags, "--one")
-        rows.append(
-            f"| {name} | {got['peak'] / 2**30:.2f} | {got['covered']:,.0f} | {got['bare']:,.0f} | "
-            f"{verdict} |"
-        )
-        print(rows[-1], file=sys.stderr)
-    tensor = ["| options | peak, GiB | reduce-scattered, MiB |", "| --- | --- | --- |"]
+        got = compiled(options, flags)
+        covered, bare = (f"{mib:,.0f}" for mib in in_loops(got["text"]))
+        rows.append([name, f"{got['memory']['peak'] / 2**30:.2f}", covered, bare, verdict])
+        print(*rows[-1], sep=" | ", file=sys.stderr)
+    tensor = []
     for name, flags in TENSOR_CASES:
-        got = apart(flags, "--one", "--tensor")
-        tensor.append(f"| {name} | {got['peak'] / 2**30:.1f} | {got['scattered'] / 2**20:,.0f} |")
+        got = compiled(options, flags, tensor=True)
+        sent = sum(row["bytes"] for row in got["collectives"] if row["op"] == "reduce-scatter")
+        peak = got["memory"]["peak"]
+        tensor.append([name, f"{peak / 2**30:.1f}", f"{sent / 2**20:,.0f}"])
     return GPU_TEXT.format(
         date=datetime.date.today().isoformat(),
         jax=importlib.metadata.version("jax"),
-        table="\n".join(rows),
-        tensor="\n".join(tensor),
+        table=table("option | peak, GiB | covered, MiB | bare, MiB | in the preset", rows),
+        tensor=table("options | peak, GiB | reduce-scattered, MiB", tensor),
     )
 
 

@@ -189,7 +189,7 @@ def test_page_of_what_does_not_fit_and_has_a_pipeline(report):
         "<svg></svg>",
     )
     assert (
-        "does not fit" in page
+        "Does not fit" in page
         and "--config.memory.remat=full" in page
         and "12.89 GiB too much" in page
     )

@@ -1,4 +1,5 @@
-"""The benchmark of a step, from the command line; what it measures is in docs/benchmarks.md."""
+"""The scripts, from the command line: flags, and the benchmark of a step, whose figures are in
+docs/benchmarks.md."""
 
 import json
 import subprocess
@@ -8,6 +9,59 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    path.name for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()
+)
+
+
+def run_script(name: str, *flags: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Without jaxpar installed, from a folder of its own, and where importing jax is an error."""
+    code = (
+        "import sys; sys.modules['jax'] = None; "
+        "sys.path[:] = [p for p in sys.path if 'jaxpar' not in p]; "
+        f"sys.path[0] = {str(ROOT / 'scripts')!r}; sys.argv = {[name, *flags]!r}; "
+        f"import runpy; runpy.run_path({str(ROOT / 'scripts' / name)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_jax(name, tmp_path):
+    found = run_script(name, "--help", folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "usage: " in found.stdout or "Flags:" in found.stdout  # jaxpar's own, with the config's
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_flag_is_refused(name, tmp_path):
+    needed = {"calibrate.py": f"--output={tmp_path / 'here.toml'}"}
+    needed |= dict.fromkeys(("bench_step.py", "breakdown.py"), "--config=configs/tiny.py")
+    found = run_script(name, needed.get(name, "--nonsense"), "--nonsense=1")
+    assert found.returncode == 2 and "nonsense" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_part_of_a_page_does_not_take_its_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import pages
+
+    flags = pages.page_parser("A page.", "memory.md", "some words")
+    whole, part = (flags.parse_args(argv) for argv in ([], ["--only=8B"]))
+    whole.page = part.page = tmp_path / "page.md"
+    pages.write("all of it", whole)
+    pages.write("a part", part)
+    assert whole.page.read_text() == "all of it"
+    assert capsys.readouterr().out == "all of it\na part\n"
+    pages.write("a part", flags.parse_args(["--only=8B", f"--output={tmp_path / 'part.md'}"]))
+    assert (tmp_path / "part.md").read_text() == "a part"
+    assert pages.table("a | b", [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_a_word_that_no_case_has_is_refused():
+    found = run_script("prediction_table.py", "--only=llama9")
+    assert found.returncode == 2 and "--only=llama9 is in none of 1.3B, 124M" in found.stderr
 
 
 @pytest.mark.slow

@@ -4,11 +4,14 @@ import dataclasses
 import itertools
 import math
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
+
+if typing.TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NAMES = {
@@ -65,7 +68,7 @@ class Instruction:
     known: bool
 
 
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
+def collectives(text: str, mesh: "Mesh") -> list[Collective]:
     """Every collective of a compiled module.
 
     A combined collective (a tuple) counts as one, with the bytes of all its parts.
@@ -403,7 +406,7 @@ def _connected(links: list[tuple[int, ...]]) -> frozenset:
     return frozenset(map(frozenset, groups))
 
 
-def _axis_groups(mesh: Mesh) -> dict[frozenset, tuple[str, ...]]:
+def _axis_groups(mesh: "Mesh") -> dict[frozenset, tuple[str, ...]]:
     """Device groups -> the mesh axes along which they communicate; none for groups of one
     device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)

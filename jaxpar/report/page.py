@@ -328,7 +328,7 @@ def _facts(asked: Mapping[str, str], **more: str) -> str:
 
 def _command(text: str) -> str:
     """A command line that breaks between its flags only, where it can."""
-    words = "<wbr> ".join(f"<span>{html.escape(word)}</span>" for word in text.split(" "))
+    words = " ".join(f"<span>{html.escape(word)}</span>" for word in text.split(" "))
     return f"<code>{words}</code>"
 
 
