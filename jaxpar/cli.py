@@ -14,7 +14,7 @@ import signal
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,13 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Request(Launch):
-    """The launch of a run that has a config and a place to write."""
+    """The launch of a run that has a config and a place to write. `source`: the config file, as it
+    was given; `named`: the dotted fields that the command line names."""
 
     config: Config
     workdir: Path
+    source: str = ""
+    named: frozenset[str] = frozenset()
 
 
 _LAUNCH = {
@@ -108,13 +111,18 @@ def run(main: Callable[[list[str] | None], int]) -> typing.NoReturn:
     sys.exit(code)
 
 
-def parse(argv: Sequence[str] | None, doc: str, **options: Option) -> Request:
+def parse(
+    argv: Sequence[str] | None, doc: str, *, chooses: Collection[str] = (), **options: Option
+) -> Request:
     """Reads `--config`, its overrides, `--workdir`, the launch flags, and the `options` of one
     command.
 
     Args:
       argv: arguments without the program; None takes those of the process.
       doc: the command's docstring, the head of `--help`.
+      chooses: dotted fields that the command chooses, with the mesh, where the command line does
+        not name them: whatever the file says they have their defaults, and config and mesh are not
+        held against each other here.
       **options: further flags by name.
 
     Raises:
@@ -126,10 +134,16 @@ def parse(argv: Sequence[str] | None, doc: str, **options: Option) -> Request:
     _check_names(rest)
     values = _parse_flags(rest, flags, config_file.load(name))
     launch = _launch(values, options)
+    named = frozenset(path for group, path in _dotted(rest) if group == "config")
+    for path in set(chooses) - named:
+        group, field = path.split(".")
+        values.config[group][field] = value_of(Config(), path)
     config = resolve(values.config)
-    validate_mesh(config, resolve_mesh(launch.mesh, launch.devices))
-    workdir = values.workdir or Path("runs") / Path(name or "").stem
-    return Request(**vars(launch), config=config, workdir=Path(workdir))
+    if not chooses:
+        validate_mesh(config, resolve_mesh(launch.mesh, launch.devices))
+    source = name or ""
+    workdir = Path(values.workdir or Path("runs") / Path(source).stem)
+    return Request(**vars(launch), config=config, workdir=workdir, source=source, named=named)
 
 
 def parse_launch(argv: Sequence[str] | None, doc: str, **options: Option) -> Launch:
@@ -217,15 +231,20 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _check_names(argv: Sequence[str]) -> None:
-    for arg in argv:
-        if match := re.match(r"--?(?:no)?(config|mesh)\.([\w.]*)", arg):
-            if match[1] == "config":
-                check_field(match[2])
-            elif match[2] not in AXES:
-                other = ALIASES.get(match[2].lower(), "")
-                meant = other if other.startswith("--mesh.") else ""
-                hint = f" Did you mean {meant}?" if meant else nearest(match[2], AXES)
-                raise ConfigError(f"unknown mesh axis {match[2]!r}.{hint}")
+    for group, name in _dotted(argv):
+        if group == "config":
+            check_field(name)
+        elif name not in AXES:
+            other = ALIASES.get(name.lower(), "")
+            meant = other if other.startswith("--mesh.") else ""
+            hint = f" Did you mean {meant}?" if meant else nearest(name, AXES)
+            raise ConfigError(f"unknown mesh axis {name!r}.{hint}")
+
+
+def _dotted(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """What the arguments name: `("config", "train.steps")`, `("mesh", "fsdp")`."""
+    found = (re.match(r"--?(?:no)?(config|mesh)\.([\w.]*)", arg) for arg in argv)
+    return [(match[1], match[2]) for match in found if match]
 
 
 def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:

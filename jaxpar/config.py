@@ -188,7 +188,7 @@ class MemoryConfig:
         "", "activations that wait in host memory instead, by name, and optimizer for its state"
     )
 
-    @property
+    @functools.cached_property
     def kept(self) -> tuple[str, ...]:
         """Names of the activations that stay on the device."""
         asked, away = (
@@ -197,7 +197,7 @@ class MemoryConfig:
         )
         return tuple(name for name in ACTIVATIONS if name in asked and name not in away)
 
-    @property
+    @functools.cached_property
     def offloaded(self) -> tuple[str, ...]:
         """Names of the activations that go to host memory."""
         away = split_names(self.offload)
@@ -318,11 +318,11 @@ class MeshConfig:
         """Sizes in the order of `AXES`."""
         return tuple(getattr(self, axis) for axis in AXES)
 
-    @property
+    @functools.cached_property
     def devices(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def batch_shards(self) -> int:
         return math.prod(getattr(self, axis) for axis in BATCH_AXES)
 

@@ -17,7 +17,8 @@ class Peak:
     """Bytes of a device when it holds the most. `gradients`: sums, and of entered weights those
     that are cast to them; `activations`: kept for the backward pass; `logits`: a chunk of them,
     head and embedding as gathered, and their gradients; `weights`: as gathered; `stash`: inputs of
-    pipeline stages that wait for their backward pass; `working`: what the layer at work needs."""
+    pipeline stages that wait for their backward pass; `working`: what the layer at work needs;
+    `gaps`: between the buffers of a compiled step, not predicted."""
 
     params: int
     optimizer: int
@@ -28,6 +29,7 @@ class Peak:
     stash: int
     working: int
     batch: int
+    gaps: int = 0
 
     @property
     def total(self) -> int:

@@ -8,6 +8,7 @@ measured with jaxpar on a GPU yet; the constants here are assumptions.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 from jaxpar.config import AXES, Config, MeshConfig, ModelConfig
 from jaxpar.estimate.counts import ITEMSIZE, step_flops
@@ -33,7 +34,7 @@ _ROUNDS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
     """Seconds of one step. `exposed` is by axes, what the computation waits for; `hidden` runs
-    beside it."""
+    beside it. `again`: of `matmul` and `attention`, what the backward pass does a second time."""
 
     matmul: float
     attention: float
@@ -41,6 +42,7 @@ class StepTime:
     exposed: dict[str, float]
     hidden: dict[str, float]
     bubble: float
+    again: float = 0.0
 
     @property
     def compute(self) -> float:
@@ -51,36 +53,68 @@ class StepTime:
         return self.compute + sum(self.exposed.values()) + self.bubble
 
 
-def step_time(config: Config, mesh: MeshConfig, hardware: Hardware) -> StepTime:
+def step_time(
+    config: Config,
+    mesh: MeshConfig,
+    hardware: Hardware,
+    *,
+    synchronous: float | Mapping[str, float] = 0.0,
+) -> StepTime:
     """Predicted time of one training step.
 
     Args:
       config: the run.
       mesh: sizes of the axes, laid out with `tensor` innermost.
       hardware: rates and links.
+      synchronous: share of the time of collectives, of all axes or by axes (`data+sequence`), that
+        is waited for because the compiler does not run them beside the computation; those that
+        everything depends on are waited for in any case.
+
+    Raises:
+      ConfigError: the hardware does not tell the peak of the dtype that the run computes in.
     """
-    matmul, attention, memory = _compute(config, mesh, hardware)
+    matmul, attention, memory, again = _compute(config, mesh, hardware)
     # Idle stages compute something and drop it; what they send is among the transfers.
     bubble = (
         (matmul + attention)
         * (mesh.pipeline - 1)
         / (config.parallel.chunks * config.train.microbatches)
     )
-    found = transfers(config, mesh)
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
-    for transfer in found:
-        seconds = transfer.count * _seconds(transfer, mesh, hardware)
-        into = hidden if transfer.hidden else exposed
-        name = "+".join(transfer.axes)
-        into[name] = into.get(name, 0.0) + seconds
+    for transfer in transfers(config, mesh):
+        into, name = hidden if transfer.hidden else exposed, "+".join(transfer.axes)
+        into[name] = into.get(name, 0.0) + transfer.count * _seconds(transfer, mesh, hardware)
+    for name, seconds in hidden.items():
+        waited = exposed.get(name, 0.0)
+        share = synchronous.get(name, 0.0) if isinstance(synchronous, Mapping) else synchronous
+        _wait(name, min(seconds, share * (seconds + waited) - waited), exposed, hidden)
     cover = HIDDEN * (matmul + attention + bubble)
-    late = max(0.0, sum(hidden.values()) - cover)  # what does not fit beside the computation
-    if late:
-        share = late / sum(hidden.values())
-        for name, seconds in hidden.items():
-            exposed[name] = exposed.get(name, 0.0) + share * seconds
-    return StepTime(matmul, attention, memory, exposed, hidden, bubble)
+    beside = sum(hidden.values())
+    for name, seconds in hidden.items():  # what does not fit beside the computation
+        _wait(name, seconds * (1 - cover / beside) if beside else 0.0, exposed, hidden)
+    return StepTime(matmul, attention, memory, exposed, hidden, bubble, again)
+
+
+def _wait(name: str, seconds: float, exposed: dict[str, float], hidden: dict[str, float]) -> None:
+    """Moves what is above 0 of so many seconds of an axis to what is waited for."""
+    if seconds > 0:
+        exposed[name] = exposed.get(name, 0.0) + seconds
+        hidden[name] -= seconds
+
+
+def overlap_room(memory_bytes: int, held: int) -> int:
+    """Bytes of a device below which XLA's scheduler wants a program's peak to stay: the more of
+    them it would need, the fewer collectives it lets run beside the computation, for that takes
+    buffers. Not configured by jax's share of the memory.
+
+    Args:
+      memory_bytes: of the whole device.
+      held: arguments and results of the step, which are there all along.
+    """
+    # GetSchedulerMemoryLimit in xla/service/gpu/gpu_hlo_schedule.cc: of 80% of the memory, 95%
+    # (xla_gpu_memory_limit_slop_factor) of what arguments and results leave.
+    return int(held + 0.95 * (0.80 * memory_bytes - held))
 
 
 def bubble_fraction(microbatches: int, stages: int, chunks: int = 1) -> float:
@@ -88,24 +122,26 @@ def bubble_fraction(microbatches: int, stages: int, chunks: int = 1) -> float:
     return (stages - 1) / (chunks * microbatches + stages - 1)
 
 
-def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[float, float, float]:
-    """Seconds of matmuls, of attention, and of what only moves memory, on one device."""
+def _compute(
+    config: Config, mesh: MeshConfig, hardware: Hardware
+) -> tuple[float, float, float, float]:
+    """Seconds of matmuls, of attention, of what only moves memory, and how many of the first two
+    are done again, on one device."""
     model, train = config.model, config.train
     flops = step_flops(config)
     peak = hardware.peak(config.precision.compute)
     tokens = flops.tokens / (mesh.batch_shards * mesh.sequence)
     shards = mesh.tensor * mesh.pipeline
     rates = hardware.rates
-    matmul = sum(
-        tokens
-        * operations
-        * (1 + rates.matmul_half / narrow)
-        / shards
-        / (rates.matmul_share * peak)
-        for operations, narrow in _matmuls(config, mesh, tokens / train.microbatches)
-    )
-    again = recomputed(config, mesh.pipeline).get("attention", 0)
-    attention = tokens * (flops.attention + again) / shards / (rates.attention_share * peak)
+    matmul = again = 0.0
+    twice = recomputed(config, mesh.pipeline)
+    for operations, repeated, narrow in _matmuls(config, mesh, tokens / train.microbatches, twice):
+        slow = (1 + rates.matmul_half / narrow) / (rates.matmul_share * peak)
+        matmul += tokens * (operations + repeated) * slow / shards
+        again += tokens * repeated * slow / shards
+    repeated = twice.get("attention", 0)
+    attention = tokens * (flops.attention + repeated) / shards / (rates.attention_share * peak)
+    again += attention * repeated / (flops.attention + repeated)
     bandwidth = rates.copy_share * hardware.memory_bandwidth
     item = ITEMSIZE[config.precision.compute]
     whole = model.dim / (mesh.tensor if config.parallel.sequence_parallel else 1)
@@ -117,31 +153,24 @@ def _compute(config: Config, mesh: MeshConfig, hardware: Hardware) -> tuple[floa
     )
     elementwise = tokens * moved * model.layers / mesh.pipeline / bandwidth
     update = update_bytes(config, mesh) / bandwidth
-    return matmul, attention, elementwise + update
+    return matmul, attention, elementwise + update, again
 
 
-def _matmuls(config: Config, mesh: MeshConfig, rows: float) -> list[tuple[float, float]]:
-    """Operations a token of all devices together, recomputation included, and the narrowest side on
-    one device."""
-    model = config.model
-    again, parallel, M = (
-        recomputed(config, mesh.pipeline),
-        config.parallel,
-        config.train.microbatches,
-    )
-    losses = (
-        turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish
-        if mesh.pipeline > 1
-        else M
-    )
-    head = 6 * model.dim * model.vocab_size * losses / M
-    found: list[tuple[float, float]] = [
-        (head, min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline)))
-    ]
+def _matmuls(
+    config: Config, mesh: MeshConfig, rows: float, again: Mapping[str, int]
+) -> list[tuple[float, float, float]]:
+    """Of every matmul, operations a token of all devices together, those that are done besides
+    because it is repeated (see `recomputed`), and the narrowest side on one device."""
+    model, parallel, M = config.model, config.parallel, config.train.microbatches
+    losses = M
+    if mesh.pipeline > 1:
+        losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish
+    head = 6 * model.dim * model.vocab_size
+    narrow = min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
+    found: list[tuple[float, float, float]] = [(head, head * (losses / M - 1), narrow)]
     for label, size in _products(model):
-        operations = 6 * size + again.get(label, 0)
         across = size / (model.layers * model.dim * mesh.tensor)  # every one is [L, D, ...]
-        found.append((operations, min(rows, model.dim, across)))
+        found.append((6 * size, again.get(label, 0), min(rows, model.dim, across)))
     return found
 
 
