@@ -67,10 +67,25 @@ def keep_compiled(config: CompileConfig, cache: Path) -> None:
     )  # the small programs of a start count too
 
 
-def simulate_devices(count: int) -> None:
-    """Lets this process have `count` devices on the CPU. To be called before jax first looks for
-    devices.
+THREADS = 16
+"""Threads of a simulated device: collectives of its program that may wait at the same time."""
+
+
+def simulate_devices(count: int, platforms: str = "cpu") -> None:
+    """Gives this process `count` devices on the CPU. To be called before jax looks for devices.
+
+    Args:
+      count: devices; where there are several, each takes `THREADS` threads of XLA's pool.
+      platforms: those that jax may use, as in `JAX_PLATFORMS`.
     """
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", platforms)
     jax.config.update("jax_num_cpu_devices", count)
-    os.environ.setdefault("PJRT_NPROC", str(16 * count))
+    # XLA's pool has as many threads as there are devices or cores, and a collective holds one until
+    # the other devices join it. Those that do not depend on each other start in any order, so that
+    # the pool can be full of collectives whose partners find no thread: tiny.py on data=3 x
+    # tensor=2 hung in 4 of 5 runs on 2 cores, and in none of 8 with 4 or 16 threads a device. The
+    # other way, `xla_cpu_enable_concurrency_optimized_scheduler=false`, makes the order likelier to
+    # agree, and every step slower.
+    if count > 1:
+        threads = max(THREADS * count, int(os.environ.get("PJRT_NPROC", "0")))
+        os.environ["PJRT_NPROC"] = str(threads)

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before jax is imported, which takes seconds
 
 import jax
 
+from jaxpar import xla
 from jaxpar.config import MeshConfig, configure
 from jaxpar.data.batches import load_batch, place
 from jaxpar.data.corpus import open_corpus
@@ -68,8 +69,7 @@ def make_run(options: argparse.Namespace, schedule: str):
 
 
 def main(options: argparse.Namespace) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", options.stages)
+    xla.simulate_devices(options.stages)
     runs = {schedule: make_run(options, schedule) for schedule in ("1f1b", "gpipe")}
     seconds: dict[str, list[float]] = {schedule: [] for schedule in runs}
     for _ in range(options.repeats):

@@ -16,7 +16,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-jax.config.update("jax_num_cpu_devices", 8)
+from jaxpar import xla
+
+xla.simulate_devices(8, os.environ["JAX_PLATFORMS"])
 
 PART = pytest.StashKey[tuple[int, int]]()
 BEGIN = pytest.StashKey[float]()

@@ -1,5 +1,6 @@
 """Compiler options and the persistent cache."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from jaxpar.estimate import counts
 from jaxpar.sharding import make_mesh
 from jaxpar.validation import resolve
 
+ROOT = Path(__file__).parents[1]
+
 COMPILE = """
 import sys
 from pathlib import Path
@@ -25,6 +28,48 @@ from jaxpar.config import CompileConfig
 xla.keep_compiled(CompileConfig(cache=sys.argv[1]), Path(sys.argv[2]))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((8, 8))).sum())
+"""
+
+
+MESHES = """
+    data=3  fsdp=3  data=2,tensor=2  pipeline=2,fsdp=2  data=5
+    data=3,tensor=2  data=2,tensor=3  fsdp=3,tensor=2  data=2,sequence=3  pipeline=3,data=2
+    data=8  fsdp=4,tensor=2  fsdp=2,sequence=2,tensor=2  pipeline=2,data=2,tensor=2
+    data=3,fsdp=3  data=5,tensor=2
+    data=3,tensor=4  data=2,fsdp=3,tensor=2  pipeline=2,fsdp=3,sequence=2  pipeline=3,data=2,tensor=2
+""".split()
+
+STRESS = """
+import json, math, sys
+import jax
+from jaxpar import xla
+mesh = json.loads(sys.argv[1])
+xla.simulate_devices(math.prod(mesh.values()))
+
+from jaxpar.compile import compile_train_step
+from jaxpar.config import MeshConfig, configure
+from jaxpar.data.batches import load_batch, place
+from jaxpar.data.corpus import open_corpus
+from jaxpar.sharding import make_mesh
+from jaxpar.step import init_state
+from jaxpar.validation import resolve, validate_mesh
+
+sizes = MeshConfig(**mesh)
+config = resolve(configure(
+    model=dict(vocab_size=480, dim=120, layers=6, heads=12, head_dim=8, ffn_dim=240),
+    data=dict(source="synthetic", tokenizer="bytes", sequence_length=96),
+    train=dict(batch_size=4 * sizes.batch_shards, microbatches=2),
+))
+validate_mesh(config, sizes)
+windows = open_corpus(config.data, vocab_size=480, seed=0).train
+with jax.set_mesh(devices := make_mesh(sizes)):
+    step = compile_train_step(config, devices)
+    init = jax.jit(lambda: init_state(config))
+    for run in range(10):
+        state = init()
+        for number in range(4):
+            state, values = step(state, place(load_batch(config, windows, number), config, devices))
+        print(run, float(values["loss"]), flush=True)
 """
 
 
@@ -107,3 +152,31 @@ def test_compiled_programs_are_kept(
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     folders = {str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob("*-cache")}
     assert folders == ({written} if written else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_simulated_devices_do_not_wait_for_each_other_for_ever(mesh):
+    """Ten runs of four steps. With a thread a device XLA aborts some of these meshes."""
+    sizes = {axis: int(size) for axis, size in (item.split("=") for item in mesh.split(","))}
+    environment = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    run = subprocess.run(
+        [sys.executable, "-c", STRESS, json.dumps(sizes)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    losses = {line.split()[1] for line in run.stdout.splitlines()}
+    assert len(run.stdout.splitlines()) == 10 and len(losses) == 1
+
+
+def test_simulated_devices_have_threads_to_wait_in(monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    xla.simulate_devices(8, os.environ["JAX_PLATFORMS"])  # conftest.py's, so nothing changes
+    assert os.environ["PJRT_NPROC"] == str(8 * xla.THREADS)
+    monkeypatch.setenv("PJRT_NPROC", "1000")
+    xla.simulate_devices(8, os.environ["JAX_PLATFORMS"])
+    assert os.environ["PJRT_NPROC"] == "1000"  # what a user has more of stays
