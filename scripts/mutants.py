@@ -1,6 +1,6 @@
 """Changes one thing in the code at a time, and sees whether a fast test fails.
 
-  .venv/bin/python scripts/mutants.py [--count=60] [--seed=0] [--only=WORD] [--list]
+  python scripts/mutants.py [--count=60] [--seed=0] [--only=WORD] [--list]
 
 A mutant is one number doubled, one comparison or condition negated, one operator replaced, or one
 result left out, in a module of `TESTS`. A sample of them, chosen by --seed, runs against the fast
@@ -8,7 +8,6 @@ tests of its module in copies of the repository, two at a time. Prints what noth
 exit code is 1 if fewer than 90% were caught. `make test-mutants` runs it.
 """
 
-import argparse
 import ast
 import concurrent.futures
 import dataclasses
@@ -25,7 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from arguments import ROOT, parser
+
 _PATH = re.compile(r"path|folder|directory|\bfile\b", re.IGNORECASE)
 
 ENOUGH = 0.9
@@ -243,13 +243,13 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--count", type=int, default=60, help="number of mutants")
-    parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--only", default="", help="only the modules whose name has this word")
-    parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
-    parser.add_argument("--workers", type=int, default=2, help="mutants that run at a time")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a mutant may take")
-    options = parser.parse_args()
+    flags.add_argument("--count", type=int, default=60, help="number of mutants")
+    flags.add_argument("--seed", type=int, default=0, help="which ones")
+    flags.add_argument("--only", default="", help="only the modules whose name has this word")
+    flags.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    flags.add_argument("--workers", type=int, default=2, help="mutants that run at a time")
+    flags.add_argument("--timeout", type=float, default=600.0, help="seconds a mutant may take")
+    options = flags.parse_args()
     chosen = sample(options.count, options.seed, options.only)
     if options.list:
         print(*chosen, sep="\n")

@@ -366,7 +366,7 @@ The arithmetic has five constants that stand for what XLA makes of a step
 not those of a blind test. The three rows before the pipelines were added after that: with many
 sequences a device and `tensor`, gaps between buffers make the compiled peak larger. What a pipeline
 holds follows from the program, but for two things that were read off these rows: GPipe has its
-gradients three times, and two stages of one chunk have about half of their activations twice, which
+gradients three times, and two stages of one chunk have their activations twice, which
 is the fifth constant.
 
 Bytes are those of all collectives of a step on one device, by the axes they run over; axes with

@@ -98,8 +98,9 @@ def test_a_step_is_measured_and_taken_apart(tmp_path):
         assert text in run.stdout
 
 
-def test_mutants_change_code_and_not_what_people_read():
-    from scripts.mutants import mutants
+def test_mutants_change_code_and_not_what_people_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from mutants import mutants
 
     source = '''
 def price(count: int, each: float = 2.5) -> float:
@@ -124,8 +125,9 @@ def price(count: int, each: float = 2.5) -> float:
         assert source.encode()[mutant.start : mutant.stop].decode() == mutant.before
 
 
-def test_the_sample_of_mutants_is_spread_and_stays():
-    from scripts.mutants import TESTS, sample, tests_of
+def test_the_sample_of_mutants_is_spread_and_stays(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from mutants import TESTS, sample, tests_of
 
     chosen = sample(60, 0, "")
     assert len(chosen) == 60 and chosen == sample(60, 0, "") != sample(60, 1, "")

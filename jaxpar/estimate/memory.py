@@ -56,14 +56,12 @@ the update makes of them too, `working` the gradients of the layer at work, and 
 between buffers, because they cannot all be packed; arithmetic has none."""
 
 # What cannot be told from the program alone, but only from what XLA makes of it; found by comparing
-# with compiled steps (docs/predictions.md says how well).
+# with compiled steps (docs/predictions.md says how well, tests/compiled_memory.json holds it).
 _LAYER = 2.2  # the gathered weights of a layer, times: most of them, and gradients in float32
 _LAYER_WHOLE = 1.0  # the same where nothing is gathered in the layer
 _WORKING = 1.4  # all activations of a layer, times: most of them and the gradients of some
-_TWO_STAGES = (
-    0.5  # of a stage's activations, twice, where its layers communicate: see `peak_memory`
-)
-_LOGITS = 10  # bytes of a logit of a chunk: float32, its exponential, and the gradient in the compute dtype
+_TWO_STAGES = 2  # the activations of one of two stages, times: see `peak_memory`
+_LOGITS = 6  # bytes of a logit of a chunk: float32, and its gradient in the compute dtype
 
 
 def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
@@ -102,11 +100,10 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     if "attention" in config.memory.kept:
         kept += attention_residual_bytes(config, mesh)
     activations = model.layers // (mesh.pipeline * chunks) * kept
-    if mesh.pipeline * chunks == 2 and (mesh.tensor > 1 or (mesh.fsdp > 1 and not gathered_once)):
+    if mesh.pipeline * chunks == 2:
         # The phases of forward and of backward passes alone are one tick each, no loops, and XLA
-        # moves zeros and results of the others' loops out of them: about half of the stacks exist
-        # twice.
-        activations += int(_TWO_STAGES * activations)
+        # moves zeros and results of the others' loops out of them: the stacks exist twice.
+        activations *= _TWO_STAGES
     in_layer = _LAYER if mesh.fsdp > 1 and not gathered_once else _LAYER_WHOLE
     backward = dict(
         gradients=gradients,
@@ -143,11 +140,11 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
 def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
     """Bytes of gradients in the backward pass, where they are added up over microbatches into
     `sums` bytes. Several microbatches, and a pipeline, add to the sums in place; what jax makes of
-    GPipe does not. A single one has them in the dtype of the entered weights before they are
-    cast."""
+    GPipe does not. A single one has those of entered weights in their dtype, and they are cast
+    where they are reduced."""
     if mesh.pipeline > 1:
         return sums * (3 if config.parallel.schedule == "gpipe" else 1)
-    return sums + (entered if config.train.microbatches == 1 else 0)
+    return entered if entered and config.train.microbatches == 1 else sums
 
 
 def _stash(config: Config, mesh: MeshConfig) -> int:
