@@ -238,11 +238,7 @@ def run_tests(copy: Path, files: list[str], timeout: float, *flags: str) -> tupl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    flags = parser(__doc__)
     flags.add_argument("--count", type=int, default=60, help="number of mutants")
     flags.add_argument("--seed", type=int, default=0, help="which ones")
     flags.add_argument("--only", default="", help="only the modules whose name has this word")
