@@ -3,10 +3,12 @@
   python scripts/calibrate.py --output=h100.toml     # on the machine itself; its GPU must be free
   python -m jaxpar.plan --hardware=h100.toml --devices=64 --config=...
 
-Matmuls of several widths, a copy of a large array, attention forward and backward as the layers
-call it, and with several devices an all-gather over all of them. Links between hosts are not
-measured. On GPUs that jaxpar knows, rates are shares of the peaks of their data sheets; elsewhere,
-on CPUs too, the peak is the best rate that was reached.
+Matmuls of several widths, a copy of a large array, attention forward and backward by the kernel
+that a run of packed documents takes here (one document a row, for which `plan` counts; shorter ones
+are shown beside it), and with several devices an all-gather over all of them; of random numbers,
+for zeros take less power. Links between hosts are not measured. On GPUs that jaxpar knows, rates
+are shares of the peaks of their data sheets; elsewhere, on CPUs too, the peak is the best rate that
+was reached.
 """
 
 import argparse
@@ -23,7 +25,10 @@ if __name__ == "__main__":  # before jax is imported, which takes seconds
     flags.add_argument("--output", type=Path, required=True, help="the TOML file to write")
     flags.add_argument("--rows", type=int, default=8192, help="of the matrices")
     flags.add_argument("--length", type=int, default=8192, help="of the sequence of attention")
-    flags.add_argument("--heads", type=int, default=16, help="of attention")
+    flags.add_argument("--heads", type=int, default=32, help="query heads of attention")
+    flags.add_argument("--kv_heads", type=int, default=8, help="its key-value heads")
+    flags.add_argument("--head_dim", type=int, default=128, help="numbers of one of its heads")
+    flags.add_argument("--document", type=int, default=1000, help="mean tokens of short documents")
     flags.add_argument(
         "--mib", type=int, default=1024, help="of the arrays that are copied and gathered"
     )
@@ -34,19 +39,29 @@ if __name__ == "__main__":  # before jax is imported, which takes seconds
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_attention import documents
 from stopwatch import seconds
 
-from jaxpar.attention import Options, TokenInfo, attend
+from jaxpar.attention import Options, TokenInfo, attend, refuses_cudnn
 from jaxpar.config import MeshConfig
 from jaxpar.estimate import hardware
 from jaxpar.kernels.matmul import einsum
 from jaxpar.sharding import Rules, make_mesh
 
 
+def normal(shape: tuple[int, ...], dtype: str, spread: float = 1.0) -> jax.Array:
+    """Random numbers of a normal distribution."""
+    draw = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+    return jnp.asarray(spread * draw, dtype)
+
+
 def matmul_rate(rows: int, narrow: int, dtype: str, repeats: int, turns: int = 8) -> float:
     """FLOP/s of [rows, rows] x [rows, narrow] and back, again and again."""
-    x, down, up = (
-        jnp.full(shape, 1e-3, dtype) for shape in ((rows, rows), (rows, narrow), (narrow, rows))
+    x = normal((rows, rows), dtype)
+    # Products have the spread of what they are made of.
+    down, up = (
+        normal((rows, narrow), dtype, rows**-0.5),
+        normal((narrow, rows), dtype, narrow**-0.5),
     )
 
     @jax.jit
@@ -70,27 +85,38 @@ def fit(rates: dict[int, float]) -> tuple[float, float]:
 
 def copy_rate(size: int, repeats: int) -> float:
     """Bytes/s, read and written."""
-    x = jnp.ones(size // 4, jnp.float32)
+    x = normal((size // 4,), "float32")
     return 2 * size / seconds(jax.jit(lambda x: x + 1), x, repeats=repeats)
 
 
-def attention_rate(length: int, heads: int, dtype: str, repeats: int) -> float:
-    """FLOP/s of the causal half, forward and backward, of one sequence, as `counts.Flops` counts
-    them."""
-    rules = Rules()
-    heads_spec = rules.spec("batch", "seq", "heads", "head_dim")
+OF_RUNS = Options(packed=True, implementation="auto")
+"""Attention as runs take it unless they are told otherwise."""
+
+
+def attention_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
+    """[B, S, H, K] of the queries."""
+    return 1, options.length, options.heads, options.head_dim
+
+
+def attention_rate(options: argparse.Namespace, document: int) -> float:
+    """FLOP/s of the causal half of one row, forward and backward, as `counts.Flops` counts them
+    whatever the documents, which have so many tokens in the mean; 0: the row is one."""
+    rules, shape = Rules(), attention_shape(options)
+    _, length, heads, head_dim = shape
+    placed = rules.spec("batch", "seq", "heads", "head_dim")
     q, k, v = (
-        jax.device_put(jnp.full((1, length, heads, 128), 1e-2, dtype), heads_spec) for _ in range(3)
+        jax.device_put(normal((1, length, n, head_dim), options.dtype), placed)
+        for n in (heads, options.kv_heads, options.kv_heads)
     )
-    info = TokenInfo(jnp.arange(length, dtype=jnp.int32)[None], jnp.ones((1, length), jnp.int32))
+    info: TokenInfo = documents(1, length, document)
     queries = jax.device_put(info, rules.spec("batch", "seq"))
     keys = jax.device_put(info, rules.spec("batch", None))
 
     def objective(q, k, v):
-        return jnp.sum(attend(q, k, v, queries, keys, rules, Options()).astype(jnp.float32))
+        return jnp.sum(attend(q, k, v, queries, keys, rules, OF_RUNS).astype(jnp.float32))
 
     both = jax.jit(jax.grad(objective, (0, 1, 2)))
-    return 6 * length**2 * heads * 128 / seconds(both, q, k, v, repeats=repeats)
+    return 6 * length**2 * heads * head_dim / seconds(both, q, k, v, repeats=options.repeats)
 
 
 def link_rate(size: int, repeats: int) -> float:
@@ -98,7 +124,7 @@ def link_rate(size: int, repeats: int) -> float:
     n = len(jax.devices())
     mesh = jax.make_mesh((n,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(
-        jnp.ones((n, size // 4 // n), jnp.float32), jax.NamedSharding(mesh, jax.P("all"))
+        normal((n, size // 4 // n), "float32"), jax.NamedSharding(mesh, jax.P("all"))
     )
     gather = jax.jit(lambda x: x + 0, out_shardings=jax.NamedSharding(mesh, jax.P()))
     return (n - 1) / n * size / seconds(gather, x, repeats=repeats)
@@ -115,7 +141,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         wide, half = fit(rates)
         found = dict(matmul=wide, half=half, best=max(rates.values()))
         found["copy"] = copy_rate(options.mib * 2**20, repeats)
-        found["attention"] = attention_rate(options.length, options.heads, dtype, repeats)
+        why = refuses_cudnn(attention_shape(options), dtype, OF_RUNS)
+        print(f"attention by {f'XLA: {why}' if why else 'cuDNN'}")
+        found["attention"] = attention_rate(options, 0)
+        short = attention_rate(options, options.document)
+        print(f"attention, documents of {options.document} tokens: {short / 1e12:.3f} TFLOP/s")
     if len(jax.devices()) > 1:
         found["link"] = link_rate(options.mib * 2**20, repeats)
     for name, rate in found.items():
@@ -136,7 +166,7 @@ def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str
     }
     if known:
         output.with_suffix(".txtpb").write_text(known.target)
-        peak, bandwidth, link = known.peaks[dtype], known.memory_bandwidth, known.link
+        peak, bandwidth, link = known.peak(dtype), known.memory_bandwidth, known.link
         fields |= dict(target=output.with_suffix(".txtpb").name, network_gbps=known.network / 1e9)
         fields |= dict(domain=known.domain, host=known.host)
     else:
@@ -146,8 +176,8 @@ def describe(found: dict[str, float], output: Path, dtype: str) -> dict[str, str
         fields |= dict(
             kind=device.device_kind, memory_gib=limit / 2**30, memory_gbps=bandwidth / 1e9
         )
-        fields |= dict(bfloat16_tflops=peak / 1e12, float32_tflops=peak / 1e12, network_gbps=1.0)
-        fields |= dict(domain=count, host=count)
+        fields |= {f"{dtype}_tflops": peak / 1e12}
+        fields |= dict(network_gbps=1.0, domain=count, host=count)
     fields |= dict(
         link_gbps=link / 1e9, matmul_share=found["matmul"] / peak, matmul_half=found["half"]
     )
