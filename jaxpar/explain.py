@@ -25,6 +25,7 @@ from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.estimate import remedy
 from jaxpar.estimate.hardware import NAMES, find, of_kind
 from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
+from jaxpar.estimate.ranking import Pins
 from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
 from jaxpar.report.gantt import picture
 from jaxpar.report.page import explain_page, subject
@@ -63,7 +64,7 @@ def find_target(request: cli.Request) -> Target:
     return target
 
 
-def explain(config: Config, request: cli.Launch, target: Target, timeout: float) -> dict[str, Any]:
+def explain(config: Config, request: cli.Request, target: Target, timeout: float) -> dict[str, Any]:
     """The whole report; where the step does not fit, with compiled remedies.
 
     Raises:
@@ -75,7 +76,9 @@ def explain(config: Config, request: cli.Launch, target: Target, timeout: float)
     room = capacity - RESERVE if capacity and target.hardware else capacity
     report |= {"room": room, "fits": None if room is None else peak <= room, "remedies": []}
     if report["fits"] is False:
-        report["remedies"] = compile_remedies(config, report, target, timeout)
+        report["remedies"] = compile_remedies(
+            config, report, target, timeout, Pins(request.mesh, request.named)
+        )
     if target.hardware and report["fits"] and peak > 0.75 * capacity:
         report["warnings"].append(
             "jax takes 75% of a GPU's memory unless it is told otherwise; start this run with "
@@ -85,22 +88,28 @@ def explain(config: Config, request: cli.Launch, target: Target, timeout: float)
 
 
 def compile_remedies(
-    config: Config, report: Mapping[str, Any], target: Target, timeout: float, most: int = 3
+    config: Config,
+    report: Mapping[str, Any],
+    target: Target,
+    timeout: float,
+    pins: Pins,
+    most: int = 3,
 ) -> list[dict[str, Any]]:
     """The cheapest changes, compiled in order of predicted time until `most` of them fit; at most
     twice as many."""
     mesh, peak, room = MeshConfig(**report["mesh"]), report["memory"]["peak"], report["room"]
     gpu = target.hardware or of_kind(report["backend"])  # for the order alone
     scale = peak / peak_memory(config, mesh).total
+    found = remedy.changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
     tried: list[dict[str, Any]] = []
-    for change in remedy.changes(config, mesh, gpu, room=room, scale=scale)[: 2 * most]:
+    for change in found[: 2 * most]:
         if sum(row["fits"] for row in tried) == most:
             break
         try:
-            found = compile_report(change.config, dataclasses.asdict(change.mesh), target, timeout)
+            made = compile_report(change.config, dataclasses.asdict(change.mesh), target, timeout)
         except CompileFailed:
             continue
-        compiled = found["memory"]["peak"]
+        compiled = made["memory"]["peak"]
         tried.append(
             {
                 "flags": change.flags,

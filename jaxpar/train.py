@@ -34,6 +34,7 @@ from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.data.batches import batch_indices, training_batches, validation_batches
 from jaxpar.data.corpus import Corpus, open_corpus
 from jaxpar.estimate import counts, memory
+from jaxpar.estimate.ranking import Pins
 from jaxpar.estimate.remedy import out_of_memory
 from jaxpar.metrics import Metrics, write_config
 from jaxpar.parallel.timetable import describe as describe_timetable
@@ -351,9 +352,8 @@ def main(argv: list[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         arguments = sys.argv[1:] if argv is None else argv
-        answer = out_of_memory(
-            config, MeshConfig(*mesh.devices.shape), mesh.local_devices[0], arguments
-        )
+        sizes, pins = MeshConfig(*mesh.devices.shape), Pins(request.mesh, request.named)
+        answer = out_of_memory(config, sizes, mesh.local_devices[0], arguments, pins)
         print(f"error: {answer}\n{str(error).splitlines()[0]}", file=sys.stderr)
         return 1
 

@@ -11,6 +11,7 @@ from jaxpar.config import MeshConfig, configure
 from jaxpar.estimate import remedy
 from jaxpar.estimate.hardware import find
 from jaxpar.estimate.memory import RESERVE, peak_memory
+from jaxpar.estimate.ranking import Pins
 from jaxpar.estimate.timing import step_time
 from jaxpar.validation import resolve, validate_mesh
 
@@ -87,3 +88,15 @@ def test_a_compiled_peak_corrects_the_prediction():
         remedy.changes(run, mesh, H100, room=ROOM, scale=scale) for scale in (1.0, 1.5)
     )
     assert {change.flags for change in corrected} < {change.flags for change in plain}
+
+
+def test_what_is_named_is_kept_where_that_fits():
+    run, mesh = large(memory=dict(remat="none")), MeshConfig(fsdp=8)
+    named = Pins({"fsdp": 8, "tensor": 1}, frozenset({"memory.remat"}))
+    found = remedy.changes(run, mesh, H100, room=ROOM, pins=named)
+    assert found and all(change.config.memory.remat == "none" for change in found)
+    assert all((change.mesh.fsdp, change.mesh.tensor) == (8, 1) for change in found)
+    # Nothing fits that keeps this; so something else is told.
+    all_of_it = Pins({"fsdp": 8}, frozenset({"memory.remat", "train.microbatches"}))
+    other = remedy.changes(run, mesh, H100, room=ROOM, pins=all_of_it)
+    assert [c.flags for c in other] == [c.flags for c in remedy.changes(run, mesh, H100, room=ROOM)]

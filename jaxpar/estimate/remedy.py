@@ -2,13 +2,22 @@
 cost in time."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig
+from jaxpar.config import AXES, REMAT, Config, ConfigError, MeshConfig, value_of
 from jaxpar.estimate.hardware import Hardware, of_kind
 from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
-from jaxpar.estimate.ranking import best_of_each_mesh, divisors, rank
+from jaxpar.estimate.ranking import (
+    ANY,
+    SEARCHED,
+    Pins,
+    best_of_each_mesh,
+    divisors,
+    flag,
+    rank,
+)
 from jaxpar.estimate.timing import step_time
 from jaxpar.validation import validate_mesh
 
@@ -25,7 +34,13 @@ class Change:
 
 
 def changes(
-    config: Config, mesh: MeshConfig, hardware: Hardware, *, room: int, scale: float = 1.0
+    config: Config,
+    mesh: MeshConfig,
+    hardware: Hardware,
+    *,
+    room: int,
+    scale: float = 1.0,
+    pins: Pins = ANY,
 ) -> list[Change]:
     """Changes that should make a step fit, the cheapest in predicted time first.
 
@@ -35,9 +50,10 @@ def changes(
       hardware: for the times.
       room: bytes that a device has for the program.
       scale: compiled peak over predicted peak of the run as it is, where it is known.
+      pins: what the command line names. It is kept, unless nothing that keeps it fits.
     """
     found: dict[str, Change] = {}
-    for flags, changed, sizes in _candidates(config, mesh, hardware):
+    for flags, changed, sizes in _candidates(config, mesh, hardware, pins):
         try:
             validate_mesh(changed, sizes)
         except ConfigError:
@@ -48,53 +64,51 @@ def changes(
                 flags,
                 Change(flags, changed, sizes, peak, step_time(changed, sizes, hardware).total),
             )
+    if not found and pins != ANY:
+        return changes(config, mesh, hardware, room=room, scale=scale)
     return sorted(found.values(), key=lambda change: change.seconds)
 
 
 def _candidates(
-    config: Config, mesh: MeshConfig, hardware: Hardware
+    config: Config, mesh: MeshConfig, hardware: Hardware, pins: Pins
 ) -> Iterator[tuple[str, Config, MeshConfig]]:
     """One field changed, or two, or the mesh."""
+
+    def options(path: str, *found: Any) -> tuple[Any, ...]:
+        now = value_of(config, path)
+        return (now,) if path in pins.fields else tuple(dict.fromkeys((now, *found)))
+
     policies = list(REMAT)
     now = policies.index(config.memory.remat) if config.memory.remat in policies else 0
     sequences = config.train.batch_size // mesh.batch_shards
-    counts = [n for n in divisors(sequences) if n >= config.train.microbatches]
-    for remat in policies[now:]:
-        for count in counts:
-            for zero in dict.fromkeys(
-                (config.parallel.optimizer_sharding, "data" if mesh.data > 1 else "none")
-            ):
-                for gather in dict.fromkeys((config.parallel.gather, "per_layer")):
-                    changed = dataclasses.replace(
-                        config,
-                        memory=dataclasses.replace(config.memory, remat=remat),
-                        train=dataclasses.replace(config.train, microbatches=count),
-                        parallel=dataclasses.replace(
-                            config.parallel, optimizer_sharding=zero, gather=gather
-                        ),
-                    )
-                    if changed != config and len(differing := _flags(changed, config)) <= 2:
-                        yield " ".join(differing), changed, mesh
-    for candidate in best_of_each_mesh(rank(config, hardware, mesh.devices))[:8]:
+    more = [n for n in divisors(sequences) if n > config.train.microbatches]
+    for remat, count, zero, gather in itertools.product(
+        options("memory.remat", *policies[now:]),
+        options("train.microbatches", *more),
+        options("parallel.optimizer_sharding", "data" if mesh.data > 1 else "none"),
+        options("parallel.gather", "per_layer"),
+    ):
+        parallel = dataclasses.replace(config.parallel, optimizer_sharding=zero, gather=gather)
+        changed = dataclasses.replace(
+            config,
+            memory=dataclasses.replace(config.memory, remat=remat),
+            train=dataclasses.replace(config.train, microbatches=count),
+            parallel=parallel,
+        )
+        if changed != config and len(differing := _flags(changed, config)) <= 2:
+            yield " ".join(differing), changed, mesh
+    for candidate in best_of_each_mesh(rank(config, hardware, mesh.devices, pins))[:8]:
         if candidate.mesh != mesh:
             axes = zip(AXES, candidate.mesh.shape, mesh.shape, strict=True)
             sizes = [f"--mesh.{axis}={size}" for axis, size, before in axes if size != before]
-            yield (
-                " ".join([*sizes, *_flags(candidate.config, config)]),
-                candidate.config,
-                candidate.mesh,
-            )
+            flags = " ".join([*sizes, *_flags(candidate.config, config)])
+            yield flags, candidate.config, candidate.mesh
 
 
 def _flags(config: Config, before: Config) -> list[str]:
-    fields = ("gather", "optimizer_sharding", "schedule", "chunks")
-    found = []
-    for path in ("train.microbatches", "memory.remat", *(f"parallel.{name}" for name in fields)):
-        group, name = path.split(".")
-        value = getattr(getattr(config, group), name)
-        if value != getattr(getattr(before, group), name):
-            found.append(f"--config.{path}={value}")
-    return found
+    """The flags of what was chosen anew."""
+    changed = (path for path in SEARCHED if value_of(config, path) != value_of(before, path))
+    return [flag(config, path) for path in changed]
 
 
 def blame(parts: Mapping[str, int], most: int = 3) -> str:
@@ -103,7 +117,9 @@ def blame(parts: Mapping[str, int], most: int = 3) -> str:
     return ", ".join(f"{PART_NAMES[name]} {human(size)}" for name, size in largest if size)
 
 
-def out_of_memory(config: Config, mesh: MeshConfig, device: Any, arguments: Sequence[str]) -> str:
+def out_of_memory(
+    config: Config, mesh: MeshConfig, device: Any, arguments: Sequence[str], pins: Pins = ANY
+) -> str:
     """What `train` answers when a device runs out of memory: what fills it and what would help,
     both predicted, and the command that compiles the step and tells exactly.
 
@@ -112,17 +128,18 @@ def out_of_memory(config: Config, mesh: MeshConfig, device: Any, arguments: Sequ
       mesh: its mesh.
       device: one of its devices, as jax has it.
       arguments: of the command line that failed.
+      pins: what they name.
     """
     gpu = of_kind(device.device_kind)
     room = (device.memory_stats() or {}).get("bytes_limit") or gpu.memory_bytes - RESERVE
     peak = peak_memory(config, mesh)
     # Where the arithmetic says that it fits, it is too low by at least this.
-    found = changes(config, mesh, gpu, room=room, scale=max(1.0, room / peak.total))
+    scale = max(1.0, room / peak.total)
+    found = changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
     kept = [arg for arg in arguments if arg.startswith(("--config", "--mesh", "--cpu_devices"))]
     lines = [
         f"a device ran out of memory. By arithmetic, a step needs {human(peak.total)} of "
-        f"{human(room)}, most of it for "
-        f"{blame(vars(peak))}",
+        f"{human(room)}, most of it for {blame(vars(peak))}",
         *(["what should fit, the fastest first:"] if found else []),
         *(f"  {change.flags}  ({human(change.predicted)})" for change in found[:3]),
         f"every buffer by name: python -m jaxpar.explain {' '.join(kept)}",
