@@ -1,14 +1,17 @@
 """Optimizers and learning-rate schedules, all from optax. `step.py` clips, because it has the
 norm."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from jaxpar.config import Config, OptimizerConfig
+from jaxpar.parallel.by_layer import by_layer
 from jaxpar.parameters import FACTORED_FROM, TABLE, Parameter
 from jaxpar.tree import leaf_name
 
@@ -64,18 +67,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
                 direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
             )
         )
-    direction = contrib.muon(
-        -1.0,  # the direction itself: its weight decay would not spare the norm scales
-        beta=o.beta1,
-        eps=o.eps,
-        adam_b1=o.beta1,
-        adam_b2=o.beta2,
-        muon_weight_dimension_numbers=_rows(_muon_dimensions),
+    adam = optax.adamw(
+        -1.0,  # the direction itself
+        **dict(b1=o.beta1, b2=o.beta2, eps=o.eps, weight_decay=0.0, nesterov=True),
     )
-    return _auto(
-        optax.chain(
-            direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
-        )
+    direction = optax.partition(
+        {"muon": _orthogonal_momentum(o.beta1, o.eps), "adam": adam},
+        _rows(lambda row: "muon" if row.orthogonalized else "adam"),
+    )
+    return optax.chain(
+        direction, optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
     )
 
 
@@ -106,14 +107,52 @@ def _rows(choose: Callable[[Parameter], Any]) -> Callable[[Any], Any]:
     return chosen
 
 
-def _muon_dimensions(row: Parameter) -> contrib.MuonDimensionNumbers | None:
-    """Which dimensions of a stacked weight are rows, over which its product sums, and columns; None
-    for what takes NAdamW."""
-    if not row.orthogonalized:
-        return None
-    rows = tuple(n for n, dim in enumerate(row.dims) if dim in row.contracts)
-    columns = tuple(n for n in range(1, len(row.dims)) if n not in rows)  # 0 is the layer
-    return contrib.MuonDimensionNumbers(rows, columns)
+def _orthogonal_momentum(beta: float, eps: float) -> optax.GradientTransformation:
+    """`contrib.scale_by_muon` and its scaling by shape (Jordan et al., 2024), with the same state,
+    for stacks of matrices that are cut over devices, which share the layers."""
+    like_optax = contrib.scale_by_muon(beta=beta, eps=eps)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
+        del params
+        count = state.count + 1
+        momentum = optax.tree.update_moment(updates, state.mu, beta, 1)
+        ahead = jax.tree.map(
+            lambda m, g: beta * m + (1 - beta) * g,
+            optax.tree.bias_correction(momentum, beta, count + 1),
+            optax.tree.bias_correction(updates, beta, count),
+        )
+
+        def orthogonal(path: Any, stack: jax.Array) -> jax.Array:
+            row = TABLE[leaf_name(path)]
+            rows = [n for n, dim in enumerate(row.dims[1:]) if dim in row.contracts]
+            return by_layer(lambda x: _orthogonal(x, rows, eps), stack)
+
+        directions = jax.tree_util.tree_map_with_path(orthogonal, ahead)
+        return directions, contrib.MuonState(count, momentum, state.ns_coeffs)
+
+    return optax.GradientTransformation(like_optax.init, update)
+
+
+def _orthogonal(x: jax.Array, rows: list[int], eps: float) -> jax.Array:
+    """A matrix whose singular values are all made nearly equal, by five Newton-Schulz steps.
+
+    Args:
+      x: one weight's; its dimensions `rows` are those over which the product sums.
+      eps: added to the norm.
+    """
+    rows_first = (*rows, *(n for n in range(x.ndim) if n not in rows))
+    moved = x.transpose(rows_first)
+    inputs = math.prod(moved.shape[: len(rows)])
+    matrix = moved.reshape(inputs, -1)
+    outputs = matrix.shape[1]
+    wide = matrix.T if inputs > outputs else matrix
+    wide = wide / (jnp.linalg.norm(wide) + eps)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    matrix = math.sqrt(max(1, outputs / inputs)) * (wide.T if inputs > outputs else wide)
+    back = sorted(range(x.ndim), key=rows_first.__getitem__)
+    return matrix.reshape(moved.shape).transpose(back)
 
 
 def _auto(transformation: optax.GradientTransformation) -> optax.GradientTransformation:

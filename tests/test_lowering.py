@@ -47,6 +47,7 @@ def make_config(
     offload="",
     precision=None,
     model=None,
+    optimizer="adamw",
     **parallel,
 ) -> Config:
     config = resolve(
@@ -58,6 +59,7 @@ def make_config(
                 batch_size=SEQUENCES * microbatches * mesh.batch_shards, microbatches=microbatches
             ),
             memory=dict(remat=remat, offload=offload),
+            optimizer=dict(name=optimizer),
             parallel=parallel,
         )
     )

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import all_within, config_of, cosine_rate, mesh_of, train_ours, within
+from optax import contrib
 
 from jaxpar.config import OptimizerConfig
 from jaxpar.data.batches import Batch
 from jaxpar.optimizer import make_optimizer, schedule
+from jaxpar.parameters import parameters
+from jaxpar.sharding import Rules
+from jaxpar.tree import named_leaves
 from jaxpar.validation import CHOICES
 
 ELEMENTWISE = ("adamw", "lion", "sgd")
@@ -182,6 +186,72 @@ def test_optimizer_on_a_mesh_equals_one_device(name: str) -> None:
     )
     assert one[-1] < one[0] - 1, f"the loss went from {one[0]} to {one[-1]}"
     within(f"{name}, loss at any step", np.abs(mesh - one).max(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        *(
+            pytest.param(axes, marks=pytest.mark.slow)
+            for axes in ({}, dict(fsdp=4, tensor=2), dict(pipeline=2, fsdp=2))
+        ),
+    ],
+    ids=str,
+)
+def test_muon_is_that_of_optax_and_its_devices_share_the_layers(axes: dict[str, int]) -> None:
+    """Two updates, and the names of the state, of four layers over up to eight devices; compiled,
+    it gathers nothing."""
+    config = config_of(
+        model=dict(vocab_size=64, dim=32, layers=4, heads=4, kv_heads=2, ffn_dim=48),
+        parallel=dict(optimizer_sharding="data"),
+        optimizer=dict(name="muon", schedule="constant", warmup_steps=0, learning_rate=1.0)
+        | dict(weight_decay=0.0, eps=1e-3),
+    )
+    o, rows, random = config.optimizer, parameters(config.model), np.random.default_rng(0)
+    params, *gradients = (
+        {name: random.normal(size=row.shape(config.model)) for name, row in rows.items()}
+        for _ in range(3)
+    )
+    numbers = contrib.MuonDimensionNumbers
+    inward = dict.fromkeys(("mlp.gate", "mlp.up"), numbers((1,), (2,)))
+    to_heads = dict.fromkeys(
+        ("attention.query", "attention.key", "attention.value"), numbers((1,), (2, 3))
+    )
+    outward = {"mlp.down": numbers((2,), (1,)), "attention.out": numbers((2, 3), (1,))}
+    known = inward | to_heads | outward
+    dimensions = {name: known.get(name.removeprefix("layers.")) for name in rows}
+    settings = dict(beta=o.beta1, eps=o.eps, adam_b1=o.beta1, adam_b2=o.beta2)
+    theirs = contrib.muon(1.0, **settings, muon_weight_dimension_numbers=lambda _: dimensions)
+
+    def updates(optimizer: Any, mesh: Any) -> tuple[dict[str, np.ndarray], set[str], str]:
+        with jax.set_mesh(mesh):
+            spec = Rules.make(config.parallel).spec
+
+            def placed(tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+                return {
+                    name: jax.device_put(x.astype(np.float32), spec(*rows[name].dims))
+                    for name, x in tree.items()
+                }
+
+            mine = placed(params)
+            state = jax.jit(optimizer.init)(mine)
+            update = jax.jit(optimizer.update).lower(mine, state, mine).compile()
+            for g in gradients:
+                change, state = update(placed(g), state, mine)
+        names = set(named_leaves(state)) - {"count"}  # of the schedule
+        return jax.tree.map(np.asarray, change), names, update.as_text()
+
+    found, names, compiled = updates(make_optimizer(config), mesh_of(**axes))
+    with jax.set_mesh(mesh_of()):
+        plain = {name: x.astype(np.float32) for name, x in params.items()}
+        state = theirs.init(plain)
+        for g in gradients:
+            g = {name: x.astype(np.float32) for name, x in g.items()}
+            expected, state = jax.jit(theirs.update)(g, state, plain)
+    assert names == set(named_leaves(state))
+    all_within("muon, second update", found, expected, limit=1e-5)
+    assert "all-gather" not in compiled and ("all-to-all" in compiled) == bool(axes)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from test_lowering import SMALL, make_config, traffic
 
 from jaxpar.config import MeshConfig
+from jaxpar.estimate.counts import layer_elements
 from jaxpar.estimate.traffic import by_axes, transfers
 
 DEEP = dict(layers=16)
@@ -15,6 +16,8 @@ CASES = [
         MeshConfig(data=2, fsdp=2, tensor=2),
         dict(gather="per_step", microbatches=2, sequence_parallel=False),
     ),
+    # Three layers, which eight devices share.
+    (MeshConfig(data=2, fsdp=2, tensor=2), dict(optimizer="muon", optimizer_sharding="data")),
     (MeshConfig(fsdp=2, sequence=4), dict(remat="full", context="ring")),
     (MeshConfig(fsdp=2, sequence=4), dict(remat="none", context="ulysses")),
     (
@@ -40,3 +43,28 @@ def test_bytes_by_axes(sizes, fields):
         [transfer for transfer in transfers(config, sizes) if transfer.size > SMALL], listed=True
     )
     assert counted == {axes: pytest.approx(count, rel=0.02) for axes, count in compiled.items()}
+
+
+def test_scales_of_heads_are_summed_over_tensor_whatever_the_residual():
+    """Each of its devices has other heads. Those of the residual are, if it is sharded there."""
+    sizes = MeshConfig(data=2, tensor=4)
+    model = dict(qk_norm=True, layers=4, dim=64, head_dim=32)
+
+    def scales(*, sequence_parallel: bool) -> dict[tuple[str, ...], float]:
+        config = make_config(sizes, model=model, sequence_parallel=sequence_parallel)
+        found = transfers(config, sizes)
+        return {t.axes: t.size for t in found if t.kind == "all-reduce" and t.size < 4096}
+
+    heads, residual = 4 * 2 * 4 * 32, 4 * (2 * 4 + 1) * 64
+    assert scales(sequence_parallel=False) == {("data", "tensor"): heads, ("data",): residual}
+    assert scales(sequence_parallel=True) == {("data", "tensor"): heads + residual}
+
+
+def test_muon_sends_no_matrix_whole():
+    """Its devices share the layers: two all-to-alls of what each holds, no gather."""
+    sizes = MeshConfig(fsdp=4, tensor=2)
+    config = make_config(sizes, optimizer="muon", model=dict(layers=8))
+    moved = [t for t in transfers(config, sizes) if t.kind == "all-to-all"]
+    held = 4 * layer_elements(config.model) / 8
+    for axis in ("fsdp", "tensor"):
+        assert sum(t.size * t.count for t in moved if t.axes == (axis,)) == 2 * held

@@ -37,6 +37,7 @@ def transfers(config: Config, mesh: MeshConfig) -> list[Transfer]:
     """The collectives of one step on one device; those over axes of size 1 are left out."""
     run = _turns(config, mesh)
     every = [*_weights(config, mesh, run), *_activations(config, mesh, run)]
+    every += _update(config, mesh) if config.optimizer.name == "muon" else ()
     every += _pipeline(config, mesh, run) if mesh.pipeline > 1 else ()
     return [transfer for transfer in every if transfer.axes and transfer.size]
 
@@ -136,6 +137,21 @@ def _replicated(
             left_open = tuple(axis for axis in AXES if axis in summed and axis not in own)
             sums[left_open, own] = sums.get((left_open, own), 0) + row.size(model)
     return tuple((*axes, size) for axes, size in sums.items())
+
+
+def _update(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
+    """Muon: devices that share matrices take whole ones of some layers, and send them back (see
+    `parallel/by_layer.py`)."""
+    model, parallel = config.model, config.parallel
+    table = Dimensions.of(parallel, mesh.pipeline)
+    layers = model.layers // mesh.pipeline
+    for row in parameters(model).values():
+        if row.orthogonalized:
+            axes = [axis for axis in table.axes(row.dims[1:]) if getattr(mesh, axis) > 1]
+            sharers = math.prod(getattr(mesh, axis) for axis in axes)
+            each = -(-layers // sharers)
+            size = ITEMSIZE[config.precision.params] * each * row.size(model) / model.layers
+            yield from (Transfer("all-to-all", (axis,), size, 2) for axis in axes)
 
 
 def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:
