@@ -64,22 +64,22 @@ def compile_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         return step.lower(abstract_state(config, mesh), abstract_batch(config, mesh)).compile()
 
 
-def check_attention(config: Config, mesh: Mesh) -> None:
-    """Refuses `attention.implementation=cudnn` where cuDNN cannot compute the attention of a
-    training step.
+def check_attention(config: Config, mesh: Mesh) -> str:
+    """What computes the attention of a training step, for people: `cudnn`, or `xla` and why.
 
     Raises:
-      ConfigError: the rule that is broken.
+      ConfigError: `attention.implementation=cudnn` and cuDNN cannot; the rule that is broken.
     """
     model, train, sizes = config.model, config.train, MeshConfig(*mesh.devices.shape)
     rows = train.batch_size // train.microbatches // sizes.batch_shards
     tokens, heads = config.data.sequence_length // sizes.sequence, model.heads // sizes.tensor
     with jax.set_mesh(mesh):
-        attention.refuses_cudnn(
+        why = attention.refuses_cudnn(
             (rows, tokens, heads, model.head_dim),
             config.precision.compute,
             attention.Options.make(config),
         )
+    return f"xla; not cudnn: {why}" if why else "cudnn"
 
 
 def check_host_memory(config: Config, mesh: Mesh) -> None:

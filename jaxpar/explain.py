@@ -125,11 +125,12 @@ def print_report(report: Mapping[str, Any], rows: int, console: Console | None =
     """The verdict, and what would make it fit; then tables of at most so many rows."""
     console = console or Console(highlight=False)
     mesh = MeshConfig(**report["mesh"])
+    for line in verdict(report):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(
         f"{report['devices']} x {report['backend']}, mesh {mesh}; of one device and step:"
     )
-    for line in verdict(report):
-        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"attention: {report['attention']}", markup=False)
     for warning in report["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for table in (

@@ -120,8 +120,8 @@ def _non_finite_report(
     )
 
 
-def describe(config: Config, mesh: Mesh, corpus: Corpus) -> str:
-    """What is about to run, for the head of the log."""
+def describe(config: Config, mesh: Mesh, corpus: Corpus, kernel: str) -> str:
+    """What is about to run, for the head of the log; `kernel` is what computes attention."""
     sizes = MeshConfig(*mesh.devices.shape)
     device = mesh.devices.flat[0]
     state = memory.state_bytes(config, sizes)
@@ -133,6 +133,7 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus) -> str:
         "optimizer state" + " in host memory" * config.memory.offload_optimizer,
         f"batch     {counts.describe_batch(config, sizes)}",
         f"data      {corpus}",
+        f"attention {kernel}",
     ]
     if sizes.pipeline > 1:
         parallel = config.parallel
@@ -339,9 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
     check_host_memory(config, mesh)
-    check_attention(config, mesh)
+    kernel = check_attention(config, mesh)
     if jax.process_index() == 0:
-        print(describe(config, mesh, corpus), flush=True)
+        print(describe(config, mesh, corpus, kernel), flush=True)
     try:
         with jax.set_mesh(mesh):
             return train(config, mesh, corpus, workdir)

@@ -9,15 +9,13 @@ table.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import runpy
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from arguments import ROOT
-from pages import page_parser, table, write
+from pages import page_parser, table, write, written
 
 from jaxpar.config import Config, MeshConfig
 from jaxpar.estimate import counts, memory, timing
@@ -294,9 +292,7 @@ def main() -> None:
         run.failed.clear()
         filled[name] = section(run) + "".join(f"\n\nLeft out: {reason}" for reason in run.failed)
     page = TEXT.format(
-        date=datetime.date.today().isoformat(),
-        jax=importlib.metadata.version("jax"),
-        plugin=importlib.metadata.version("jax-cuda12-plugin"),
+        **written(),
         queries=512,
         **filled,
     )

@@ -1,10 +1,14 @@
 """What the scripts that write a page of docs/ share: flags, tables, and when a page is written."""
 
 import argparse
+import datetime
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 from arguments import ROOT, parser
+
+from jaxpar.report.apart import compiler_path
 
 
 def page_parser(doc: str | None, page: str, only: str) -> argparse.ArgumentParser:
@@ -33,6 +37,17 @@ def write(text: str, options: argparse.Namespace) -> None:
     output = options.output or (None if options.only else options.page)
     if output:
         output.write_text(text)
+
+
+def written() -> dict[str, str]:
+    """Today's `date`, and versions: of `jax`, and of its CUDA `plugin`, which lies beside the
+    environment."""
+    found = importlib.metadata.distributions(name="jax-cuda12-plugin", path=compiler_path())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "jax": importlib.metadata.version("jax"),
+        "plugin": next((one.version for one in found), "none"),
+    }
 
 
 def table(header: str, rows: list[list[Any]]) -> str:

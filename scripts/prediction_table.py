@@ -8,8 +8,6 @@ Compiles one configuration after the other in a process of its own; --cache keep
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 import runpy
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import ROOT
-from pages import page_parser, table, write
+from pages import page_parser, table, write, written
 
 from jaxpar.config import Config, MeshConfig
 from jaxpar.estimate.counts import step_flops
@@ -400,9 +398,7 @@ def main() -> None:
     check_gpu_compiler()
     compiled = Compiled(options.cache, options.timeout)
     page = TEXT.format(
-        date=datetime.date.today().isoformat(),
-        jax=importlib.metadata.version("jax"),
-        plugin=importlib.metadata.version("jax-cuda12-plugin"),
+        **written(),
         compiler=against_compiler(compiled, options.only),
         best=best_meshes(compiled, options.only),
     )

@@ -10,8 +10,6 @@ that is what the compiler arranges, not what a GPU takes.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +20,7 @@ import time
 from typing import Any
 
 from arguments import ROOT
-from pages import page_parser, table, write
+from pages import page_parser, table, write, written
 
 from jaxpar.config import Config, MeshConfig, from_mapping
 from jaxpar.estimate import counts
@@ -202,10 +200,9 @@ def main() -> None:
 def cpu_section(options: argparse.Namespace) -> str:
     on, off = (compile_cpu(options, preset=preset) for preset in (True, False))
     return CPU_TEXT.format(
-        date=datetime.date.today().isoformat(),
+        **written(),
         machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
         python=platform.python_version(),
-        jax=importlib.metadata.version("jax"),
         parameters=on["parameters"],
         on=on,
         off=off,
@@ -226,8 +223,7 @@ def gpu_section(options: argparse.Namespace) -> str:
         peak = got["memory"]["peak"]
         tensor.append([name, f"{peak / 2**30:.1f}", f"{sent / 2**20:,.0f}"])
     return GPU_TEXT.format(
-        date=datetime.date.today().isoformat(),
-        jax=importlib.metadata.version("jax"),
+        **written(),
         table=table("option | peak, GiB | covered, MiB | bare, MiB | in the preset", rows),
         tensor=table("options | peak, GiB | reduce-scattered, MiB", tensor),
     )

@@ -3,6 +3,9 @@
 On a GPU: test_attention_gpu.py."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import fused_emulation
 import jax
@@ -207,3 +210,46 @@ def test_asked_for_it_is_refused_and_auto_takes_xla(sizes, options, why):
     ):
         results(mesh, info, dataclasses.replace(options, implementation="cudnn"))
     assert attention.Options().implementation == "xla"
+
+
+ROOT = Path(__file__).parents[1]
+HIDDEN = """
+import sys
+import jax, jax.numpy as jnp
+import jax._src.cudnn
+name = "fused_attention_stablehlo"
+sys.modules[f"jax._src.cudnn.{name}"] = None
+delattr(jax._src.cudnn, name)
+
+from jaxpar import train, verify
+from jaxpar.attention import Options, TokenInfo, attend
+from jaxpar.compile import check_attention
+from jaxpar.config import MeshConfig, configure
+from jaxpar.kernels import cudnn
+from jaxpar.sharding import Rules, make_mesh
+from jaxpar.validation import resolve
+
+mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+with jax.set_mesh(mesh):
+    rules = Rules()
+    x = jax.reshard(jnp.ones((1, 4, 2, 8)), rules.spec("batch", "seq", "heads", "head_dim"))
+    ones = jnp.ones((1, 4), jnp.int32)
+    queries, keys = (jax.reshard(ones, rules.spec("batch", name)) for name in ("seq", None))
+    queries, keys = TokenInfo(queries, queries), TokenInfo(keys, keys)
+    print(attend(x, x, x, queries, keys, rules, Options(implementation="auto")).sum())
+model = dict(vocab_size=64, dim=16, layers=1, heads=2, ffn_dim=16)
+print(check_attention(resolve(configure(model=model, data=dict(sequence_length=8))), mesh))
+print(cudnn.refusal((9, 0), jnp.bfloat16, (1, 4, 2, 64), packed=False))
+"""
+
+
+def test_a_private_module_that_moves_concerns_gpus_alone():
+    """jax has imported it; jaxpar does not find it any more."""
+    run = subprocess.run(
+        [sys.executable, "-c", HIDDEN], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    computed, kernel, refusal = run.stdout.splitlines()
+    assert float(computed) == 64
+    assert kernel.startswith("xla; not cudnn: it needs NVIDIA GPUs")
+    assert refusal.startswith(f"jax {jax.__version__} keeps its calls elsewhere")

@@ -154,6 +154,7 @@ def test_page_and_json_say_what_they_are_of(report):
     asked = report["request"]
     assert asked["config"] == "tiny" and "3 layers, dim 64," in asked["model"]
     assert "global batch 4 sequences x 64 tokens" in asked["batch"]
+    assert report["attention"] == "cudnn" and "<dt>attention</dt><dd>cudnn</dd>" in report["page"]
     assert asked["command"].startswith("python -m jaxpar.explain --config=configs/tiny.py ")
     for text in (asked["model"], asked["batch"], "--mesh.fsdp=4", "<h1>tiny: one training step on"):
         assert text in report["page"]
@@ -167,7 +168,7 @@ def test_narrow_terminals_cut_no_number(report, width):
     console = Console(width=width, highlight=False, record=True, quiet=False, file=io.StringIO())
     explain.print_report(changed, 100, console)
     lines = console.export_text().splitlines()
-    assert "DOES NOT FIT" in lines[1] and lines[2] == "  512.00 MiB with --config.memory.remat=full"
+    assert "DOES NOT FIT" in lines[0] and lines[1] == "  512.00 MiB with --config.memory.remat=full"
     words = {word for line in lines for word in line.split()}
     assert not any("…" in word for word in words)
     for row in report["collectives"]:
@@ -235,6 +236,7 @@ def test_what_does_not_fit_is_blamed_and_remedied(monkeypatch, capsys):
             "optimizer": 2**30,
         }
         rest = dict(by_parameter=[], temporaries=[], collectives=[], flops=1, compile_seconds=1.0)
+        rest["attention"] = "cudnn"
         here = dict(
             memory=dict(peak=peak, parts=parts),
             capacity=hardware.find("h100").memory_bytes,

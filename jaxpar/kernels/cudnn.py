@@ -10,15 +10,15 @@ B sequences, S query tokens, T key tokens, H query heads, G key-value heads, K h
 device. N stretches a row at a time, V = B N.
 """
 
+import functools
 import inspect
 import math
 import re
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src import mesh as jax_mesh
-from jax._src.cudnn import fused_attention_stablehlo as fused
 
 _UNSEEN = -1e30
 """Log-sum-exp of a query that sees no key."""
@@ -37,6 +37,10 @@ class Boxes(NamedTuple):
 def capability() -> tuple[int, int] | None:
     """Compute capability of the NVIDIA GPUs of the mesh, absent or not; None of any other
     device."""
+    if getattr(jax.sharding.get_abstract_mesh().abstract_device, "platform", "") == "cpu":
+        return None
+    from jax._src import mesh as jax_mesh  # as `_fused`
+
     mesh = jax_mesh.get_concrete_mesh()
     device = None if mesh is None or mesh.empty else mesh.devices.flat[0]
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
@@ -54,6 +58,10 @@ def refusal(
     head_dim = shape[-1]
     if capability is None or capability < (8, 0):
         return "it needs NVIDIA GPUs of compute capability 8.0 (A100, A40) or later"
+    try:
+        _fused()
+    except ImportError as error:
+        return f"jax {jax.__version__} keeps its calls elsewhere ({error})"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16; precision.compute is {jnp.dtype(dtype).name}"
     most = 256 if capability[0] == 9 else 128
@@ -299,9 +307,13 @@ def _inside(start_BN: jax.Array, length_BN: jax.Array, tokens: int) -> jax.Array
     return (place_T1 >= start_BN[:, None]) & (place_T1 < (start_BN + length_BN)[:, None])
 
 
-_NEWER = (
-    "score_mod_name" in inspect.signature(fused._dot_product_attention_fwd_cuda_lowering).parameters
-)
+@functools.cache
+def _fused() -> ModuleType:
+    """jax's private module of cuDNN's calls, imported only for GPUs that make them: should it move,
+    no other run notices."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
 
 
 def _arguments(
@@ -309,7 +321,7 @@ def _arguments(
 ) -> tuple[tuple, dict[str, Any]]:
     """What both primitives take besides arrays of queries, keys and values. No bias, no dropout, no
     pages."""
-    none = jnp.zeros(0, q_BSHK.dtype)
+    none, fused = jnp.zeros(0, q_BSHK.dtype), _fused()
     kinds = fused.MaskType
     mask = (kinds.CAUSAL if causal else kinds.NO_MASK) if packed is None else None
     if packed is not None:
@@ -323,9 +335,11 @@ def _arguments(
         layout=fused.AttentionLayout.BTNH.value,
         sliding_window_length=None,
     )
-    newer = dict(score_mod_name=None, score_mod_jaxpr=None) if _NEWER else {}
+    known = inspect.signature(fused._dot_product_attention_fwd_cuda_lowering).parameters
+    newer = ("score_mod_name", "score_mod_jaxpr")
+    settings |= {name: None for name in newer if "score_mod_name" in known}
     stretches = (none,) * 4 if packed is None else packed[:4]
-    return (none, *stretches, none, none), settings | newer
+    return (none, *stretches, none, none), settings
 
 
 def _forward_call(
@@ -334,7 +348,7 @@ def _forward_call(
     """cuDNN's results [B, S, H, K], and log-sum-exp [B, H, S], or [V, H, S] of boxes."""
     others, settings = _arguments(q_BSHK, packed, causal=causal)
     operands = (q_BSHK, k_BTGK, v_BTGK, *others)
-    o_BSHK, stats_VHS = fused._dot_product_attention_fwd_p.bind(
+    o_BSHK, stats_VHS = _fused()._dot_product_attention_fwd_p.bind(
         *operands, **settings, is_training=True
     )
     return o_BSHK, stats_VHS
@@ -354,5 +368,5 @@ def _backward_call(
     """cuDNN's gradients of q, k and v."""
     others, settings = _arguments(q_BSHK, packed, causal=causal)
     operands = (q_BSHK, k_BTGK, v_BTGK, *others, stats_VHS, o_BSHK, do_BSHK)
-    dq_BSHK, dk_BTGK, dv_BTGK = fused._dot_product_attention_bwd_p.bind(*operands, **settings)
+    dq_BSHK, dk_BTGK, dv_BTGK = _fused()._dot_product_attention_bwd_p.bind(*operands, **settings)
     return dq_BSHK, dk_BTGK, dv_BTGK

@@ -18,7 +18,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxpar import cli
-from jaxpar.compile import absent_gpus, abstract_state, compile_train_step
+from jaxpar.compile import absent_gpus, abstract_state, check_attention, compile_train_step
 from jaxpar.config import AXES, Config, ConfigError, MeshConfig, from_mapping
 from jaxpar.estimate.hardware import Hardware, Rates
 from jaxpar.estimate.memory import PART_NAMES
@@ -56,6 +56,7 @@ def account(
         "backend": device.device_kind,
         "devices": mesh.size,
         "mesh": {axis: size for axis, size in zip(AXES, sizes.shape, strict=True) if size > 1},
+        "attention": check_attention(config, mesh),
         "memory": {
             "arguments": stats.argument_size_in_bytes,
             "output": stats.output_size_in_bytes,

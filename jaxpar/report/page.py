@@ -51,7 +51,13 @@ def explain_page(report: Mapping[str, Any], timetable: str = "") -> str:
     )
     return _page(
         f"{html.escape(asked['config'])}: one training step on {devices}",
-        _facts(asked, devices=devices, mesh=_axes(report["mesh"]), account=compiled),
+        _facts(
+            asked,
+            devices=devices,
+            mesh=_axes(report["mesh"]),
+            attention=html.escape(report["attention"]),
+            account=compiled,
+        ),
         _verdict(report),
         _section("What would make it fit", _table(["change", "#peak"], changes)) if changes else "",
         _section("Warnings of the compiler", warnings) if warnings else "",
