@@ -111,6 +111,26 @@ NO_JAX = (
 OPTIONS = 71
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
+TESTED_BY = {
+    "__main__": "cli",
+    "dimensions": "parameters",
+    "model": "llama_torch",
+    "program": "pipeline",
+    "validation": "config",
+    "data/batches": "data",
+    "data/corpus": "data",
+    "data/shards": "data",
+    "kernels/rows": "attention",
+    "kernels/tiles": "attention",
+    "parallel/by_layer": "parity",
+    "parallel/reduce": "loss",
+    "report/account": "explain",
+    "report/gantt": "timetable",
+    "report/page": "explain",
+}
+"""Modules without a tests/test_<file>.py, and the one that tests them: with what they are part of,
+or as a whole."""
+
 LONGEST = {"jaxpar": 500, "configs": 500, "tests": 650, "scripts": 500}
 """Lines of a file."""
 
@@ -219,6 +239,17 @@ def test_unchecked_regions_say_why():
             assert "check_vma=False" not in line or "#" in line, (
                 f"jaxpar/{name}.py:{number}: no reason on the line"
             )
+
+
+def test_every_file_has_its_tests():
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    for name in FILES:
+        own = name.rpartition("/")[2]
+        if own != "__init__":
+            assert (own in files) != (name in TESTED_BY), (
+                f"jaxpar/{name}.py needs a tests/test_{own}.py or, without one, a line in TESTED_BY"
+            )
+    assert set(TESTED_BY) <= set(FILES) and set(TESTED_BY.values()) <= files
 
 
 @pytest.mark.parametrize("root", LONGEST)

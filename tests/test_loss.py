@@ -67,7 +67,9 @@ def test_cross_entropy_equals_torch(
     def gradients_of(
         x: jax.Array, w: jax.Array, targets: jax.Array
     ) -> tuple[LossSums, jax.Array, jax.Array]:
-        entered = reduce.enter_step(w, rules.token_axes, jnp.float32, gather_fsdp=False)
+        entered = reduce.enter_step(
+            w, rules.axes(("batch", "seq", "residual_seq")), jnp.float32, gather_fsdp=False
+        )
         (_, sums), (dx, dw) = jax.value_and_grad(third, argnums=(0, 1), has_aux=True)(
             x, entered, targets
         )

@@ -12,7 +12,12 @@ from jax.sharding import NamedSharding
 
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import MeshConfig, configure
-from jaxpar.estimate.memory import activation_bytes, attention_residual_bytes, peak_memory
+from jaxpar.estimate.memory import (
+    activation_bytes,
+    attention_residual_bytes,
+    human,
+    peak_memory,
+)
 from jaxpar.kernels import cudnn
 from jaxpar.report.apart import Target, compile_report
 from jaxpar.sharding import Rules, make_mesh
@@ -137,3 +142,11 @@ def test_the_table_is_what_is_compiled(name):
     assert memory["peak"] == pytest.approx(case["peak"], rel=0.02)
     for part, size in case["parts"].items():
         assert memory["parts"][part] == pytest.approx(size, rel=0.05, abs=0.02 * case["peak"]), part
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.00 MiB"), (3 * 2**19, "1.50 MiB"), (2**30, "1.00 GiB"), (2**40, "1,024.00 GiB")],
+)
+def test_bytes_for_people(count, text):
+    assert human(count) == text
