@@ -161,6 +161,45 @@ def test_state_is_sharded_over_fsdp_and_tensor_only():
     assert bytes_of("adamw", MeshConfig(data=8)) == bytes_of("adamw", MeshConfig())
 
 
+@pytest.mark.parametrize(("name", "moved"), [("adamw", 28), ("lion", 20), ("sgd", 20)])
+def test_an_update_moves_the_bytes_of_its_optimizer(name, moved):
+    """Gradient read; parameter and moments read and written: 4 bytes each, on the device's part."""
+    config = Config(model=SMALL, optimizer=OptimizerConfig(name=name))
+    count = counts.parameter_count(SMALL)
+    assert memory.update_bytes(config, MeshConfig()) == moved * count
+    scales = 5 * 256
+    part = (count - scales) // 8 + scales
+    assert memory.update_bytes(config, MeshConfig(fsdp=4, tensor=2)) == moved * part
+
+
+def test_an_update_of_muon_and_adafactor_by_hand():
+    def moved(name: str) -> int:
+        config = Config(model=SMALL, optimizer=OptimizerConfig(name=name))
+        return memory.update_bytes(config, MeshConfig())
+
+    count, hidden = counts.parameter_count(SMALL), counts.layer_elements(SMALL)
+    assert moved("muon") == 20 * hidden + 28 * (count - hidden)
+    assert 12 * count < moved("adafactor") < 12.2 * count
+
+
+def test_what_muon_makes_orthogonal_by_hand():
+    """Two layers on eight devices: each parameter's matrices are one a device, none is cut."""
+    config = Config(model=SMALL, optimizer=OptimizerConfig(name="muon"))
+    found = counts.orthogonalized(config, MeshConfig(fsdp=4, tensor=2))
+    assert {own.axes for own in found} == {("fsdp", "tensor")}
+    assert sorted((own.count, own.rows, own.columns) for own in found) == [
+        *[(1, 256, 128)] * 2,  # key and value
+        *[(1, 256, 256)] * 2,
+        *[(1, 256, 512)] * 2,
+        (1, 512, 256),
+    ]
+    down = next(own for own in found if own.rows == 512)
+    assert down.flops == 5 * (4 * 256 * 256 * 512 + 2 * 256**3)
+    alone = counts.orthogonalized(config, MeshConfig(pipeline=2))
+    assert {(own.axes, own.count) for own in alone} == {((), 1)}
+    assert counts.orthogonalized(Config(model=SMALL), MeshConfig(fsdp=4)) == []
+
+
 def test_describe_batch():
     config = Config(train=TrainConfig(batch_size=32, microbatches=4))
     assert counts.describe_batch(config, MeshConfig(data=2, fsdp=2, tensor=2)) == (

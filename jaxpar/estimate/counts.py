@@ -6,10 +6,11 @@ dim, F ffn dim, V vocabulary.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 from jaxpar.config import BATCH_AXES, Config, MeshConfig, ModelConfig
-from jaxpar.dimensions import size_of
+from jaxpar.dimensions import Dimensions, size_of
 from jaxpar.parameters import parameters
 
 Shape = tuple[int, ...]
@@ -87,6 +88,39 @@ def step_flops(config: Config) -> Flops:
         attention_square=square,
         tokens=config.train.batch_size * S,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Orthogonalized:
+    """Matrices of one parameter that Muon makes orthogonal on a device: `count` of `rows` x
+    `columns`, for which devices along `axes` share the layers (`parallel/by_layer.py`)."""
+
+    axes: tuple[str, ...]
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def flops(self) -> int:
+        """Five Newton-Schulz steps of three products."""
+        short, long = sorted((self.rows, self.columns))
+        return self.count * 5 * (4 * short**2 * long + 2 * short**3)
+
+
+def orthogonalized(config: Config, mesh: MeshConfig) -> list[Orthogonalized]:
+    """What an update of Muon makes orthogonal; [] with other optimizers."""
+    if config.optimizer.name != "muon":
+        return []
+    model, table = config.model, Dimensions.of(config.parallel, mesh.pipeline)
+    found = []
+    for row in parameters(model).values():
+        if row.orthogonalized:
+            axes = tuple(a for a in table.axes(row.dims[1:]) if getattr(mesh, a) > 1)
+            sharers = mesh.pipeline * math.prod(getattr(mesh, axis) for axis in axes)
+            rows = math.prod(size_of(dim, model) for dim in row.contracts)
+            columns = row.size(model) // (model.layers * rows)
+            found.append(Orthogonalized(axes, -(-model.layers // sharers), rows, columns))
+    return found
 
 
 def describe_batch(config: Config, mesh: MeshConfig) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from jaxpar.config import AXES, Config, MeshConfig, ModelConfig
-from jaxpar.estimate.counts import ITEMSIZE, step_flops
+from jaxpar.estimate.counts import ITEMSIZE, orthogonalized, step_flops
 from jaxpar.estimate.hardware import Hardware
 from jaxpar.estimate.memory import update_bytes
 from jaxpar.estimate.traffic import Transfer, transfers
@@ -153,6 +153,10 @@ def _compute(
     )
     elementwise = tokens * moved * model.layers / mesh.pipeline / bandwidth
     update = update_bytes(config, mesh) / bandwidth
+    # In float32, which XLA multiplies as TF32 where it can, at half of the rate of bfloat16.
+    single = max(hardware.peaks.get("float32", 0), hardware.peaks.get("bfloat16", 0) / 2)
+    if muon := sum(own.flops for own in orthogonalized(config, mesh)):
+        update += muon / (rates.matmul_share * single)
     return matmul, attention, elementwise + update, again
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from jaxpar.config import AXES, Config, MeshConfig, ModelConfig, ParallelConfig
 from jaxpar.dimensions import Dimensions
-from jaxpar.estimate.counts import ITEMSIZE, layer_elements
+from jaxpar.estimate.counts import ITEMSIZE, layer_elements, orthogonalized
 from jaxpar.parallel.timetable import turns
 from jaxpar.parameters import parameters
 
@@ -37,7 +37,7 @@ def transfers(config: Config, mesh: MeshConfig) -> list[Transfer]:
     """The collectives of one step on one device; those over axes of size 1 are left out."""
     run = _turns(config, mesh)
     every = [*_weights(config, mesh, run), *_activations(config, mesh, run)]
-    every += _update(config, mesh) if config.optimizer.name == "muon" else ()
+    every += _update(config, mesh)
     every += _pipeline(config, mesh, run) if mesh.pipeline > 1 else ()
     return [transfer for transfer in every if transfer.axes and transfer.size]
 
@@ -140,18 +140,11 @@ def _replicated(
 
 
 def _update(config: Config, mesh: MeshConfig) -> Iterator[Transfer]:
-    """Muon: devices that share matrices take whole ones of some layers, and send them back (see
-    `parallel/by_layer.py`)."""
-    model, parallel = config.model, config.parallel
-    table = Dimensions.of(parallel, mesh.pipeline)
-    layers = model.layers // mesh.pipeline
-    for row in parameters(model).values():
-        if row.orthogonalized:
-            axes = [axis for axis in table.axes(row.dims[1:]) if getattr(mesh, axis) > 1]
-            sharers = math.prod(getattr(mesh, axis) for axis in axes)
-            each = -(-layers // sharers)
-            size = ITEMSIZE[config.precision.params] * each * row.size(model) / model.layers
-            yield from (Transfer("all-to-all", (axis,), size, 2) for axis in axes)
+    """Muon: devices take whole matrices of some layers, and send them back."""
+    item = ITEMSIZE[config.precision.params]
+    for own in orthogonalized(config, mesh):
+        for axis in own.axes:
+            yield Transfer("all-to-all", (axis,), item * own.count * own.rows * own.columns, 2)
 
 
 def _activations(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxpar.parallel.reduce import _names
+from jaxpar.parallel.reduce import names_of
 
 
 def by_layer(function: Callable[[jax.Array], jax.Array], x_l: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ def by_layer(function: Callable[[jax.Array], jax.Array], x_l: jax.Array) -> jax.
     moves = [
         (axis, dim)
         for dim, entry in enumerate(spec.partitions)
-        for axis in reversed(_names(entry))
+        for axis in reversed(names_of(entry))
         if dim > 0 and sizes[axis] > 1
     ]
     if not any(spec.partitions):

@@ -167,7 +167,7 @@ gather_block.defvjp(_gather_block_forward, _gather_block_backward)
 def fsdp_dim(weight: jax.Array) -> int | None:
     """The dimension of an entered weight that is still sharded over `fsdp`, for `gather_block`."""
     entries = jax.typeof(weight).sharding.spec.partitions
-    return next((dim for dim, entry in enumerate(entries) if "fsdp" in _names(entry)), None)
+    return next((dim for dim, entry in enumerate(entries) if "fsdp" in names_of(entry)), None)
 
 
 def open_spec(weight: jax.Array) -> PartitionSpec:
@@ -183,13 +183,14 @@ Entry = str | tuple[str, ...] | None
 
 
 def _axes(entries: Iterable[Entry]) -> set[str]:
-    return {axis for entry in entries for axis in _names(entry)}
+    return {axis for entry in entries for axis in names_of(entry)}
 
 
-def _names(entry: Entry) -> tuple[str, ...]:
+def names_of(entry: Entry) -> tuple[str, ...]:
+    """The axes of an entry of a `PartitionSpec`, the one that cuts finest last."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _without(entry: Entry, axes: set[str]) -> Entry:
-    left = tuple(axis for axis in _names(entry) if axis not in axes)
+    left = tuple(axis for axis in names_of(entry) if axis not in axes)
     return left if len(left) > 1 else (left[0] if left else None)
