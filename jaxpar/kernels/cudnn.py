@@ -76,7 +76,10 @@ def refusal(
             "parallel.context=ulysses"
         )
     if packed and math.prod(shape) >= 2**31:
-        return f"{math.prod(shape)} elements of queries on a device are beyond its 32-bit offsets; use smaller batches"
+        return (
+            f"{math.prod(shape)} elements of queries on a device are beyond its 32-bit offsets; use "
+            "smaller batches"
+        )
     return ""
 
 
