@@ -32,7 +32,7 @@ ENOUGH = 0.9
 """Share of the mutants that the tests have to catch."""
 
 TESTS = {
-    "optimizer": "optimizer counts",
+    "optimizer": "optimizer counts lowering",
     "checkpoint": "checkpoint",
     "data/batches": "data",
     "data/corpus": "data windows",

@@ -55,6 +55,8 @@ def test_a_description_and_its_links(file, tmp_path):
     )
     assert (found.domain, found.host, found.name) == (4, 2, "mine")
     assert found.memory_bytes == H100.memory_bytes and "Mine" in found.target
+    alone = text.replace("domain = 4", "domain = 1").replace("host = 2", "host = 1")
+    assert find(file(alone + "bfloat16_tflops = 500\n")).host == 1
     # Peaks that the kind of GPU tells may be left out; one that is given counts.
     (tmp_path / "gpu.txtpb").write_text(H100.target)
     assert find(file(text + "float16_tflops = 1\n")).peaks == H100.peaks | {"float16": 1e12}
