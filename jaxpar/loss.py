@@ -19,8 +19,8 @@ from jaxpar.sharding import Rules, all_manual
 
 
 class LossSums(NamedTuple):
-    """float32 scalars, sums over the valid tokens: the objective (differentiable), and its two
-    parts."""
+    """float32 scalars, sums over the valid tokens: the scaled objective (differentiable), and its
+    two parts, not scaled."""
 
     objective: jax.Array
     cross_entropy: jax.Array
@@ -32,23 +32,26 @@ def count_valid(targets: jax.Array) -> jax.Array:
     return jnp.sum(targets >= 0, dtype=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     x_BSD: jax.Array,
     w_DV: jax.Array,
     targets_BS: jax.Array,
+    scale: jax.Array,
     rules: Rules,
     chunk: int,
     z_loss: float,
     sum_dtype: jnp.dtype,
 ) -> LossSums:
-    """Summed cross-entropy of next-token prediction, plus `z_loss` times the summed square of the
-    log-partition.
+    """`scale` times the summed cross-entropy of next-token prediction plus `z_loss` times the summed
+    square of the log-partition.
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.
       w_DV: head, stored or entered; gathered over fsdp here, in the dtype of x.
       targets_BS: int32 next tokens, sharded (batch, seq); -1 has no loss.
+      scale: float32 scalar without a gradient. It is known here, and not only in the backward pass,
+        so that the gradients of logits and head are never smaller than float16 can tell from 0.
       rules: the sharding table.
       chunk: tokens a device works on at a time.
       z_loss: weight of the z-loss (PaLM; Chowdhery et al., 2022).
@@ -63,12 +66,14 @@ def cross_entropy(
     (reduce-scatter), otherwise it stays a partial sum over the tokens.
     """
     head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
-    return _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=False)[0]
+    options = dict(rules=rules, chunk=chunk, z_loss=z_loss)
+    return _island(x_BSD, head_DV, targets_BS, scale, **options, gradients=False)[0]
 
 
-def _forward(x_BSD, w_DV, targets_BS, rules, chunk, z_loss, sum_dtype):
+def _forward(x_BSD, w_DV, targets_BS, scale, rules, chunk, z_loss, sum_dtype):
     head_DV = reduce.gather(w_DV, x_BSD.dtype, sum_dtype)
-    sums, gradients = _island(x_BSD, head_DV, targets_BS, rules, chunk, z_loss, gradients=True)
+    options = dict(rules=rules, chunk=chunk, z_loss=z_loss)
+    sums, gradients = _island(x_BSD, head_DV, targets_BS, scale, **options, gradients=True)
     return sums, (gradients, w_DV)  # of which the backward pass takes only the type
 
 
@@ -80,13 +85,15 @@ def _backward(rules, chunk, z_loss, sum_dtype, residuals, cotangent: LossSums):
     dw_DV = reduce.scatter(reduce.scale_partial(dw_DV, scale), w_DV, sum_dtype)
     # The layers' backward pass needs dx alone: it has to wait, or dw waits for it, whole and
     # unsummed.
-    return *jax.lax.optimization_barrier((dx_BSD, dw_DV)), None
+    return *jax.lax.optimization_barrier((dx_BSD, dw_DV)), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *, gradients: bool):
+def _island(
+    x_BSD, w_DV, targets_BS, scale, *, rules: Rules, chunk: int, z_loss: float, gradients: bool
+):
     """Runs `_local` on every device's tokens and vocabulary; sums the results outside, where they
     are typed."""
     residual, weight = rules.spec("batch", "residual_seq", "embed"), rules.spec("embed", "vocab")
@@ -99,18 +106,19 @@ def _island(x_BSD, w_DV, targets_BS, rules: Rules, chunk: int, z_loss: float, *,
     )
     sums, grads = jax.shard_map(
         local,
-        in_specs=(residual, weight, every_token_axis),
+        in_specs=(residual, weight, every_token_axis, jax.P()),
         out_specs=((every_token_axis,) * 2, (residual, dweight) if gradients else None),
-        check_vma=False,  # nothing is differentiated through it; that dw is summed is for the parity tests to show
-    )(x_BSD, vocabulary.as_plain(w_DV), targets_BS)
+        check_vma=False,  # not differentiated through; that dw is summed, the parity tests show
+    )(x_BSD, vocabulary.as_plain(w_DV), targets_BS, scale)
     ce, z = (jnp.sum(part) for part in sums)
-    return LossSums(ce + z_loss * z, ce, z), grads
+    return LossSums(scale * (ce + z_loss * z), ce, z), grads
 
 
 def _local(
     x_bsD,
     w_Dv,
     targets_bs,
+    scale,
     *,
     chunk: int,
     z_loss: float,
@@ -138,10 +146,9 @@ def _local(
         if not gradients:
             return (ce, z, dw_Dv), None
         probability_cv = jnp.exp(logits_cv - lse_c[:, None])
-        scale_c = valid_c * (1 + 2 * z_loss * lse_c)
-        dlogits_cv = (
-            scale_c[:, None] * probability_cv - jnp.where(hit_cv, valid_c[:, None], 0)
-        ).astype(dtype)
+        scale_c = scale * valid_c
+        share_cv = (scale_c * (1 + 2 * z_loss * lse_c))[:, None] * probability_cv
+        dlogits_cv = (share_cv - jnp.where(hit_cv, scale_c[:, None], 0)).astype(dtype)
         dw_Dv += jnp.einsum("cD,cv->Dv", x_cD, dlogits_cv, preferred_element_type=jnp.float32)
         return (ce, z, dw_Dv), einsum("cv,Dv->cD", dlogits_cv, w_Dv)
 

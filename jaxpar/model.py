@@ -21,8 +21,9 @@ from jax.sharding import reshard
 from jaxpar.attention import Options, TokenInfo, attend
 from jaxpar.config import Config, MemoryConfig, ModelConfig, RopeScaling
 from jaxpar.kernels.matmul import einsum
-from jaxpar.parallel import reduce, vocabulary
+from jaxpar.parallel import layers, reduce, vocabulary
 from jaxpar.parallel.context import all_gather_tokens
+from jaxpar.parallel.layers import Added
 from jaxpar.parameters import DRAWN, parameters
 from jaxpar.sharding import Rules, all_manual
 
@@ -184,11 +185,13 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
-    ) -> tuple[jax.Array, "KVCache | None"]:
+    ) -> tuple[jax.Array, Added, "KVCache | None"]:
+        """The residual behind the layer, what it adds to the objective and to the sums of a step,
+        and with a cache the keys and values extended."""
         x_BSD = keep(x_BSD, "residual")
         out_BSD, cache = self.attention(self.attention_norm(x_BSD), context, cache)
         x_BSD = x_BSD + out_BSD
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), cache
+        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), Added(), cache
 
 
 class Llama(nnx.Module):
@@ -210,13 +213,11 @@ class Llama(nnx.Module):
         self.head = new("head")
         self.config = config.model
         self.layout = layout
-        self.memory = config.memory
-        self.unroll = config.compile.unroll
 
     def __call__(
         self, tokens_BS: jax.Array, queries: TokenInfo, cache: "Cache | None" = None
     ) -> tuple[jax.Array, "Cache | None"]:
-        """Token ids to final hidden states.
+        """Token ids to final hidden states; training runs the same parts by `program`.
 
         Args:
           tokens_BS: int32, sharded (batch, seq), as the arrays of `queries` are.
@@ -229,20 +230,18 @@ class Llama(nnx.Module):
         """
         if cache is not None:
             cache = cache.extend_info(queries)
-        context = self.context(queries, cache)
 
-        def step(x_BSD: jax.Array, scanned: tuple) -> tuple[jax.Array, "KVCache | None"]:
-            layer, kv = scanned
-            return layer(x_BSD, context, kv)
+        def layer(weights: tuple, x_BSD: jax.Array, context: Context) -> tuple[jax.Array, Added]:
+            block, kv = weights
+            x_BSD, _, kv = block(x_BSD, context, kv)
+            return x_BSD, Added(sums=kv)
 
-        x_BSD = self.embed(tokens_BS)
-        policy = remat_policy(self.memory)
-        step = jax.checkpoint(
-            step, policy=policy, prevent_cse=False
-        )  # a scan's body cannot be merged with its replay
-        x_BSD, kv = jax.lax.scan(step, x_BSD, (self.layers, cache and cache.kv), unroll=self.unroll)
+        context, x_BSD = self.context(queries, cache), self.embed(tokens_BS)
+        weights = self.layers, cache and cache.kv
+        x_BSD, added = layers.run(layer, weights, x_BSD, context, layers.Part(self.config.layers))
         if cache is not None:
-            cache = dataclasses.replace(cache, kv=kv, length=cache.length + tokens_BS.shape[1])
+            length = cache.length + tokens_BS.shape[1]
+            cache = dataclasses.replace(cache, kv=added.sums, length=length)
         return self.norm(x_BSD), cache
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
-"""The step of a pipeline: the model as a `pipeline.Program`, and a batch through it.
+"""The model as functions of layers and ends, and a batch through it: the one engine of loss,
+gradients and evaluation, of which no microbatches, several, and a pipeline are cases.
 
-Everything outside is as without a pipeline: weights enter the step, gradients leave it as partial
-sums (`reduce`).
+Weights enter a step, and gradients leave it as partial sums (`reduce`).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,23 @@ from jaxpar.attention import TokenInfo
 from jaxpar.config import Config
 from jaxpar.data.batches import Batch
 from jaxpar.model import Llama, remat_policy
-from jaxpar.parallel import pipeline, reduce
+from jaxpar.parallel import microbatches, pipeline, reduce
+from jaxpar.parallel.layers import Added
+from jaxpar.parallel.microbatches import Program, Totals
 from jaxpar.parallel.timetable import Timetable, forward_only, stack_order, timetable
 from jaxpar.parallel.vocabulary import as_plain
 from jaxpar.parameters import in_layers
 from jaxpar.tree import named_leaves
+
+
+class Sums(NamedTuple):
+    """Of a batch, float32 scalars: the objective and its parts, summed over the valid tokens; and
+    what the layers report, arrays [L, ...]."""
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+    z: jax.Array
+    layers: Any
 
 
 def stages() -> int:
@@ -30,50 +42,59 @@ def stages() -> int:
 
 def make_timetable(config: Config) -> Timetable:
     """The timetable of a step on the current mesh."""
-    return timetable(
-        config.parallel.schedule, stages(), config.train.microbatches, config.parallel.chunks
-    )
+    train, parallel = config.train, config.parallel
+    return timetable(parallel.schedule, stages(), train.microbatches, parallel.chunks)
 
 
 def loss_and_gradients(
     entered: Llama, batch: Batch, config: Config, scale: jax.Array
-) -> tuple[loss.LossSums, Llama]:
-    """Sums of a batch [M, B, S], and the gradient of `scale` times the objective, for
+) -> tuple[Sums, Llama]:
+    """Sums of a batch [M, B, S], and the gradient of `scale` times its objective, for
     `reduce.leave_step`.
 
     Args:
       entered: the model, of weights from `reduce.enter_step`.
       scale: float32 scalar.
     """
-    run = pipeline.loss_and_gradients if config.parallel.schedule == "1f1b" else _differentiated
-    run = functools.partial(run, sum_dtype=entered.layout.sum_dtype)
-    sums, gradients = _in_region(run, entered, batch, config, make_timetable(config), scale)
-    return sums, gradients
+    leaves, structure = jax.tree.flatten(entered)
+    split = Split(list(named_leaves(entered)))
+    if stages() > 1:
+        run = functools.partial(pipeline.loss_and_gradients, sum_dtype=entered.layout.sum_dtype)
+        totals, gradients = _in_region(run, entered, batch, config, make_timetable(config), scale)
+    else:
+        dtype = entered.layout.sum_dtype
+        zeros = split.apart([reduce.zero_gradient(w, dtype) for w in leaves])
+        program = make_program(entered, [None] * len(leaves), config, scale)
+        totals, *gradients = microbatches.loss_and_gradients(
+            program, *split.apart(leaves), batch, zeros
+        )
+        gradients = split.join(*gradients)
+    return _sums(totals, config), jax.tree.unflatten(structure, gradients)
 
 
-def evaluate(entered: Llama, batch: Batch, config: Config) -> loss.LossSums:
-    """Sums of a batch [M, B, S], by the forward passes of the timetable."""
+def evaluate(entered: Llama, batch: Batch, config: Config) -> Sums:
+    """Sums of a batch [M, B, S], without gradients."""
+    if stages() > 1:
 
-    def run(program, table, layers, ends, batch):
-        return pipeline.forward(program, table, layers, ends, batch), None, None
+        def run(*given: Any) -> tuple[Totals, None, None]:
+            return pipeline.evaluate(*given), None, None
 
-    table = forward_only(make_timetable(config))
-    return _in_region(run, entered, batch, config, table, jnp.ones(()), gradients=False)[0]
+        table = forward_only(make_timetable(config))
+        totals, _ = _in_region(run, entered, batch, config, table, jnp.ones(()), gradients=False)
+    else:
+        leaves = jax.tree.leaves(entered)
+        split = Split(list(named_leaves(entered)))
+        program = make_program(entered, [None] * len(leaves), config, jnp.ones(()))
+        totals = microbatches.evaluate(program, *split.apart(leaves), batch)
+    return _sums(totals, config)
 
 
-def _differentiated(program, table, layers, ends, batch, *, sum_dtype):
-    """GPipe: the forward passes, differentiated. Weights are held in `sum_dtype`, because jax adds
-    up the gradients of ticks in the dtype of the weight."""
-    weights = layers, ends
-    wide = jax.tree.map(lambda w: w.astype(sum_dtype), weights)
-
-    def objective(wide):
-        layers, ends = jax.tree.map(lambda w, like: w.astype(like.dtype), wide, weights)
-        result = pipeline.forward(program, table, layers, ends, batch)
-        return result[0], result
-
-    (dlayers, dends), result = jax.grad(objective, has_aux=True)(wide)
-    return result, dlayers, dends
+def _sums(totals: Totals, config: Config) -> Sums:
+    ce, z = totals.sums
+    objective = ce + config.train.z_loss * z
+    for part in jax.tree.leaves(totals.added.objective):
+        objective += jnp.sum(part)
+    return Sums(objective, ce, z, totals.added.sums)
 
 
 def _in_region(
@@ -84,32 +105,41 @@ def _in_region(
     table: Timetable,
     scale: jax.Array,
     *,
-    gradients=True,
-) -> tuple[loss.LossSums, Any]:
+    gradients: bool = True,
+) -> tuple[Totals, Any]:
     """Runs `run(program, table, layers, ends, batch)` on the local blocks of weights and batch."""
-    leaves, structure = jax.tree.flatten(entered)
+    leaves = jax.tree.leaves(entered)
     split = Split(list(named_leaves(entered)))
     rules = entered.layout.rules
-    token, stacked = rules.spec("batch", "seq"), rules.spec("microbatch", "batch", "seq")
     open_specs = [reduce.open_spec(w) for w in leaves]
     dims = [reduce.fsdp_dim(w) for w in leaves]
+    others = tuple(a for a in jax.sharding.get_abstract_mesh().axis_names if a != pipeline.AXIS)
 
     def local(leaves: list[jax.Array], batch: Batch, scale: jax.Array) -> Any:
-        program = make_program(entered, structure, split, dims, config, scale)
-        (_, sums), dlayers, dends = run(program, table, *split.apart(leaves), batch)
-        sums = [part.reshape(1, 1) for part in sums]
-        return (sums, split.join(dlayers, dends)) if gradients else (sums, None)
+        program = make_program(entered, dims, config, scale)
+        totals, dlayers, dends = run(program, table, *split.apart(leaves), batch)
+        sums = [part.reshape(1, 1) for part in totals.sums]
+        added = jax.tree.map(lambda x: x[None], totals.added)
+        return sums, added, split.join(dlayers, dends) if gradients else None
 
     region = jax.shard_map(
         local,
-        in_specs=([jax.P(*spec.partitions) for spec in open_specs], stacked, jax.P()),
-        out_specs=([token] * 3, open_specs if gradients else None),
+        in_specs=(
+            [jax.P(*spec.partitions) for spec in open_specs],
+            rules.spec("microbatch", "batch", "seq"),
+            jax.P(),
+        ),
+        out_specs=(
+            [rules.spec("batch", "seq")] * 2,
+            jax.P(others, pipeline.AXIS),
+            open_specs if gradients else None,
+        ),
         check_vma=False,  # gradients are shares of a sum by design; the parity tests hold them to it
     )
-    sums, found = region([as_plain(w) for w in leaves], batch, scale)
-    return loss.LossSums(*map(jnp.sum, sums)), jax.tree.unflatten(
-        structure, found
-    ) if gradients else None
+    sums, added, found = region([as_plain(w) for w in leaves], batch, scale)
+    added = jax.tree.map(lambda x: jnp.sum(x, axis=0), added)
+    added = to_network({"layers": added}, config)["layers"]
+    return Totals(tuple(map(jnp.sum, sums)), added), found
 
 
 def to_stages(tree: Any, config: Config) -> Any:
@@ -167,23 +197,17 @@ class Split:
         return [places[n] for n in range(len(places))]
 
 
-def make_program(
-    model: Llama,
-    structure: Any,
-    split: Split,
-    dims: list[int | None],
-    config: Config,
-    scale: jax.Array,
-) -> pipeline.Program:
-    """The model as functions of local blocks.
+def make_program(model: Llama, dims: list[int | None], config: Config, scale: jax.Array) -> Program:
+    """The model as functions of the leaves of its layers and of its ends.
 
     Args:
       model: only for its structure and layout.
-      structure: of its leaves; split: which of them belong to layers; dims: which dimension of each
-        is to be gathered over fsdp where it is used (per layer).
+      dims: which dimension of each leaf is to be gathered over fsdp where it is used; None where
+        the types say it, outside a manual region.
       scale: of the objective.
     """
-    layout = model.layout
+    layout, structure = model.layout, jax.tree.structure(model)
+    split = Split(list(named_leaves(model)))
     layer_dims, end_dims = split.apart(dims)
     layer_dims = [None if dim is None else dim - 1 for dim in layer_dims]  # one layer of the stack
     block = jax.tree.structure(model.layers)
@@ -198,29 +222,33 @@ def make_program(
         missing = [None] * len(split.layers)
         return jax.tree.unflatten(structure, split.join(missing, whole(ends, end_dims)))
 
-    def enter(ends: list[jax.Array], batch: Batch) -> jax.Array:
+    def embed(ends: list[jax.Array], batch: Batch) -> jax.Array:
         return ends_of(ends).embed(batch.tokens)
 
     def context(batch: Batch) -> Any:
         return model.context(TokenInfo(batch.positions, batch.segments))
 
-    def layer(weights: list[jax.Array], x_bsD: jax.Array, context: Any) -> jax.Array:
-        return jax.tree.unflatten(block, whole(weights, layer_dims))(x_bsD, context)[0]
+    def layer(weights: list[jax.Array], x: jax.Array, context: Any) -> tuple[jax.Array, Added]:
+        y, added, _ = jax.tree.unflatten(block, whole(weights, layer_dims))(x, context)
+        return y, added
 
     def finish(
-        ends: list[jax.Array], y_bsD: jax.Array, batch: Batch
-    ) -> tuple[jax.Array, loss.LossSums]:
+        ends: list[jax.Array], y: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         model = ends_of(ends)
         sums = loss.cross_entropy(
-            model.norm(y_bsD),
+            model.norm(y),
             model.head_weight(),
             batch.targets,
+            scale,
             layout.rules,
             config.loss.chunk,
             config.train.z_loss,
             layout.sum_dtype,
         )
-        return sums.objective * scale, sums
+        return sums.objective, (sums.cross_entropy, sums.z)
 
     kept = jax.checkpoint(layer, policy=remat_policy(config.memory), prevent_cse=False)
-    return pipeline.Program(enter, context, kept, finish, unroll=config.compile.unroll)
+    chunks = stages() * config.parallel.chunks if stages() > 1 else 1
+    depth, unroll = config.model.layers // chunks, config.compile.unroll
+    return Program(embed, context, kept, finish, scale, depth, unroll)

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxpar import loss
-from jaxpar import program as stages
-from jaxpar.attention import TokenInfo
+from jaxpar import loss, program
 from jaxpar.config import Config
 from jaxpar.data.batches import Batch
 from jaxpar.model import Llama
 from jaxpar.optimizer import make_optimizer, schedule, to_device, to_host
-from jaxpar.parallel import layers, reduce
+from jaxpar.parallel import reduce
 from jaxpar.parameters import TABLE, in_layers
 from jaxpar.tree import leaf_name, named_leaves
 
@@ -44,36 +42,18 @@ Metrics = dict[str, Any]
 def init_state(config: Config) -> TrainState:
     """The state before the first step: a function of `config` alone, whatever the mesh. Run it
     under `jax.jit`."""
-    model: Any = stages.to_stages(Llama(config, nnx.Rngs(params=config.train.seed)), config)
+    model: Any = program.to_stages(Llama(config, nnx.Rngs(params=config.train.seed)), config)
     zero = jnp.zeros((), jnp.int32)
     scale = jnp.float32(config.precision.loss_scale or 1)
     optimizer_state = to_host(make_optimizer(config).init(model), config)
     return TrainState(zero, zero, scale, zero, model, optimizer_state)
 
 
-def objective(
-    model: Llama, batch: Batch, config: Config, scale: jax.Array
-) -> tuple[jax.Array, loss.LossSums]:
-    """`scale` times the objective of one microbatch [B, S], and its sums."""
-    x_BSD, _ = model(batch.tokens, TokenInfo(batch.positions, batch.segments))
-    layout, train = model.layout, config.train
-    sums = loss.cross_entropy(
-        x_BSD,
-        model.head_weight(),
-        batch.targets,
-        layout.rules,
-        config.loss.chunk,
-        train.z_loss,
-        layout.sum_dtype,
-    )
-    return sums.objective * scale, sums
-
-
 def loss_and_gradients(
     model: Llama, batch: Batch, config: Config, loss_scale: jax.Array | None = None
-) -> tuple[loss.LossSums, Any]:
-    """Mean losses of a batch of M microbatches, and their gradient in the dtype and layout of the
-    parameters.
+) -> tuple[program.Sums, Any]:
+    """Mean losses of a batch of M microbatches, with the sums of its layers as they are, and the
+    gradient of the objective in the dtype and layout of the parameters.
 
     Sums over valid tokens are divided once, by their number in the whole batch, so the result does
     not depend on how the batch is cut into microbatches or spread over devices. With a `loss_scale`
@@ -83,55 +63,14 @@ def loss_and_gradients(
     valid = jnp.maximum(loss.count_valid(batch.targets), 1)
     scale = 1.0 if loss_scale is None else loss_scale
     entered = enter(model, config)
-    run = stages.loss_and_gradients if stages.stages() > 1 else _accumulate
-    sums, gradients = run(entered, batch, config, scale / valid)
+    sums, gradients = program.loss_and_gradients(entered, batch, config, scale / valid)
     gradients = jax.tree.map(reduce.leave_step, gradients, model)
     if loss_scale is not None:
         gradients = jax.tree.map(lambda g: (g / loss_scale).astype(g.dtype), gradients)
-    return loss.LossSums(*(part / valid for part in sums)), gradients
-
-
-def _accumulate(
-    entered: Llama, batch: Batch, config: Config, scale: jax.Array
-) -> tuple[loss.LossSums, Any]:
-    """Sums of a batch, and the gradient of `scale` times its objective, one microbatch after the
-    other.
-
-    Gradients of layers are added where they arise: those of one microbatch are never there all at
-    once.
-    """
-    if batch.tokens.shape[0] == 1:  # nothing to add to, and so no totals to read
-        gradients, sums = jax.grad(objective, has_aux=True)(
-            entered, layers.at(batch, 0), config, scale
-        )
-        return sums, jax.tree.map(lambda g: g.astype(entered.layout.sum_dtype), gradients)
-    leaves, structure = jax.tree.flatten(entered)
-    split = stages.Split(list(named_leaves(entered)))
-    program = stages.make_program(entered, structure, split, [None] * len(leaves), config, scale)
-    weights, ends = split.apart(leaves)
-
-    def add_microbatch(
-        carry: tuple[loss.LossSums, Any, Any], microbatch: Batch
-    ) -> tuple[Any, None]:
-        sums, dlayers, dends = carry
-        x_BSD, pull_enter = jax.vjp(lambda ends: program.enter(ends, microbatch), ends)
-        context, depth = program.context(microbatch), config.model.layers
-        x_BSD, pull_layers = layers.vjp(
-            program.layer, weights, x_BSD, context, depth=depth, unroll=program.unroll
-        )
-        objective, pull_finish, more = jax.vjp(
-            lambda ends, x: program.finish(ends, x, microbatch), ends, x_BSD, has_aux=True
-        )
-        dfinish, dx_BSD = pull_finish(jnp.ones_like(objective))
-        dlayers, dx_BSD = pull_layers(dlayers, dx_BSD)
-        (denter,) = pull_enter(dx_BSD)
-        dends = layers.add(dends, jax.tree.map(jnp.add, dfinish, denter))
-        return (layers.add(sums, more), dlayers, dends), None
-
-    zero = loss.LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
-    zeros = split.apart([reduce.zero_gradient(w, entered.layout.sum_dtype) for w in leaves])
-    sums, *gradients = jax.lax.scan(add_microbatch, (zero, *zeros), batch)[0]
-    return sums, jax.tree.unflatten(structure, split.join(*gradients))
+    means = dict(
+        objective=sums.objective / valid, cross_entropy=sums.cross_entropy / valid, z=sums.z / valid
+    )
+    return sums._replace(**means), gradients
 
 
 def enter(model: Llama, config: Config) -> Any:
@@ -183,7 +122,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "learning_rate": rate(state.step - state.skipped),
             "valid_tokens": loss.count_valid(batch.targets),
             "skipped": skipped,
-            "gradient_norms": stages.to_network(norms, config),
+            "gradient_norms": program.to_network(norms, config),
         } | ({"loss_scale": state.loss_scale} if scaled else {})
         return TrainState(
             state.step + 1,
@@ -225,17 +164,7 @@ def make_eval_step(config: Config) -> Callable[[Llama, Batch], tuple[jax.Array, 
     B, S]."""
 
     def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        entered = enter(model, config)
-        if stages.stages() > 1:
-            return stages.evaluate(entered, batch, config).cross_entropy, loss.count_valid(
-                batch.targets
-            )
-
-        def add_microbatch(total: jax.Array, microbatch: Batch) -> tuple[jax.Array, None]:
-            _, sums = objective(entered, microbatch, config, jnp.ones(()))
-            return total + sums.cross_entropy, None
-
-        total, _ = jax.lax.scan(add_microbatch, jnp.zeros((), jnp.float32), batch)
-        return total, loss.count_valid(batch.targets)
+        sums = program.evaluate(enter(model, config), batch, config)
+        return sums.cross_entropy, loss.count_valid(batch.targets)
 
     return eval_step

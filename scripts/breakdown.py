@@ -126,7 +126,14 @@ def head_part(model: Llama, config: Config, rate: float) -> Row:
 
     def head(x: jax.Array, weight: jax.Array) -> jax.Array:
         sums = loss.cross_entropy(
-            x, weight, targets, layout.rules, config.loss.chunk, 0.0, layout.sum_dtype
+            x,
+            weight,
+            targets,
+            jnp.ones(()),
+            layout.rules,
+            config.loss.chunk,
+            0.0,
+            layout.sum_dtype,
         )
         return sums.objective
 

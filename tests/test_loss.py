@@ -61,8 +61,10 @@ def test_cross_entropy_equals_torch(
     rules, mesh = Rules.make(ParallelConfig(sequence_parallel=parallel)), mesh_of(**axes)
 
     def third(x: jax.Array, w: jax.Array, targets: jax.Array) -> tuple[jax.Array, LossSums]:
-        sums = cross_entropy(x, w, targets, rules, chunk, Z_LOSS, jnp.dtype("float32"))
-        return sums.objective / 3, sums  # a third, to see that the backward pass scales
+        half = jnp.float32(0.5)
+        sums = cross_entropy(x, w, targets, half, rules, chunk, Z_LOSS, jnp.dtype("float32"))
+        sums = sums._replace(objective=2 * sums.objective)
+        return sums.objective / 3, sums  # a third, to see that the backward pass scales too
 
     def gradients_of(
         x: jax.Array, w: jax.Array, targets: jax.Array
@@ -89,3 +91,29 @@ def test_cross_entropy_equals_torch(
     all_within("sums without gradients", alone._asdict(), expected._asdict(), 1e-5)
     all_within("gradients", {"x": 3 * np.array(dx), "w": 3 * np.array(dw)}, gradients, 5e-5)
     assert not np.array(dx)[targets_BS < 0].any()
+
+
+def test_float16_tells_small_gradients_of_the_head_from_zero():
+    """The scale of the loss reaches the logits: a token of probability 1e-9 has a gradient."""
+    x_BSD = np.zeros((1, 8, 4), np.float16)
+    x_BSD[..., 0] = 1
+    w_DV = np.zeros((4, 16), np.float16)
+    w_DV[0, 5], w_DV[0, 6] = 20, 17
+    targets_BS, scale = np.full((1, 8), 5, np.int32), 2.0**14
+    rules = Rules.make(ParallelConfig())
+
+    def objective(w: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
+        options = (rules, 4, 0.0, jnp.dtype("float32"))
+        return cross_entropy(x, w, targets, jnp.float32(scale), *options).objective
+
+    dims = ("embed_fsdp", "vocab"), ("batch", "residual_seq", "embed"), ("batch", "seq")
+    with jax.set_mesh(mesh := mesh_of()):
+        placed = [
+            jax.device_put(array, NamedSharding(mesh, rules.spec(*names)))
+            for array, names in zip((w_DV, x_BSD, targets_BS), dims, strict=True)
+        ]
+        dw_DV = np.asarray(jax.jit(jax.grad(objective))(*placed), np.float64) / scale
+    logits = w_DV[0].astype(np.float64)
+    probability = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert probability[0] < 3e-9 < np.finfo(np.float16).smallest_subnormal
+    np.testing.assert_allclose(dw_DV[0, 0], 8 * probability[0], rtol=0.02)

@@ -18,6 +18,8 @@ are made to depend on one another, by `_after`: forward, loss, backward, then bo
     x, y: residual of one microbatch at the entry and exit of a chunk, [b, s, D]; dx, dy: their gradients
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,28 +28,112 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpar.parallel.layers import Layer, add, at, vjp
+from jaxpar.parallel.layers import Added, add, at, run, vjp
+from jaxpar.parallel.microbatches import Program, Totals
 from jaxpar.parallel.timetable import Tick, Timetable, Work, in_all
 
 AXIS = "pipeline"
 
 
-class Program(NamedTuple):
-    """The model as the pipeline runs it: functions of local arrays, the same on every device.
+def evaluate(program: Program, timetable: Timetable, layers: Any, ends: Any, batch: Any) -> Totals:
+    """The sums of a batch, without gradients, by the forward passes of the timetable.
 
-    `ends` are the weights outside the layers. A microbatch is any pytree.
+    Args:
+      program: the model.
+      timetable: `forward_only`.
+      layers: weights of this stage, leaves [v l, ...] in the order [chunk, layer].
+      ends: weights outside the layers.
+      batch: leaves [M, ...].
+
+    Communication over `pipeline`, a tick: one `ppermute` of x; what `program` does in ticks that
+    need it; one all-reduce of y where a loss is due.
     """
+    stage = _Stage(program, timetable, layers, ends, batch)
 
-    enter: Callable[[Any, Any], jax.Array]
-    """(ends, microbatch) -> x of the first stage. May communicate over `pipeline`."""
-    context: Callable[[Any], Any]
-    """microbatch -> what all layers share."""
-    layer: Layer
-    finish: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
-    """(ends, y of the last stage, microbatch) -> this device's share of the objective, and sums to
-    report. May communicate over `pipeline`, which shares the work."""
-    unroll: int = 1
-    """Layers in one turn of a loop over them."""
+    def tick(c: _Evaluated, now: _Now, phase: _Now) -> tuple[_Evaluated, None]:
+        mine = _mine(now.forward, stage.index)
+        y, added = stage.run(stage.entering(c.x, mine, now, phase), mine)
+        totals = c.totals._replace(added=stage.count(c.totals.added, added, mine))
+
+        def due() -> Any:
+            _, sums = program.finish(ends, stage.last(y), stage.microbatch(now.due))
+            return _added(totals.sums, sums, now.due)
+
+        totals = totals._replace(sums=_when(phase.due, now.due, due, totals.sums))
+        # The loss before the shift: see above.
+        y = _after(y, jax.tree.leaves(totals.sums)[0])
+        return _Evaluated(_shift(y, timetable.stages, +1), totals), None
+
+    return stage.walk(tick, _Evaluated(*stage.nothing())).totals
+
+
+class _Evaluated(NamedTuple):
+    """What goes from tick to tick of an evaluation."""
+
+    x: jax.Array
+    totals: Totals
+
+
+def loss_and_gradients(
+    program: Program,
+    timetable: Timetable,
+    layers: Any,
+    ends: Any,
+    batch: Any,
+    sum_dtype: jnp.dtype,
+) -> tuple[Totals, Any, Any]:
+    """The sums of a batch, and the gradients of its scaled objective with respect to `layers` and
+    `ends`.
+
+    The backward pass of a chunk computes it again from its input, and keeps meanwhile what
+    `program.layer` says.
+
+    Args: as those of `evaluate`; sum_dtype: in which gradients are added up.
+
+    Returns:
+      The totals, what the layers of this stage added among them, and gradients in `sum_dtype`: of
+      the layers of this stage, and of `ends`; both are still to be summed over the axes that do not
+      shard the weight.
+
+    Communication over `pipeline`, a tick: one `ppermute` of x and one of dx; what `program` does in
+    ticks that need it; where a loss is due one all-reduce of y and one of dy.
+    """
+    stage = _Stage(program, timetable, layers, ends, batch)
+    x, totals = stage.nothing()
+    dlayers, dends = jax.tree.map(lambda w: jnp.zeros(w.shape, sum_dtype), (layers, ends))
+    stash, waiting = (
+        jnp.zeros((slots, *x.shape), x.dtype) for slots in (timetable.slots, timetable.waiting)
+    )
+    start = _Carry(x, x, stash, waiting, totals, dlayers, dends)
+
+    def tick(c: _Carry, now: _Now, phase: _Now) -> tuple[_Carry, None]:
+        y, dx = c.x, None
+        if phase.forward.any():
+            c, y = stage.forward(c, now, phase)
+        if phase.backward.any():
+            c, dx = stage.backward(c, now, phase)
+            y = _after(y, dx)
+            c = c._replace(dy=_shift(dx, timetable.stages, -1))
+        if phase.forward.any():
+            c = c._replace(x=_shift(y, timetable.stages, +1))
+        return c, None
+
+    c = stage.walk(tick, start)
+    return c.totals, c.dlayers, c.dends
+
+
+class _Carry(NamedTuple):
+    """What goes from tick to tick: what the neighbours sent; the inputs of chunks, and the
+    gradients of the last one's results, that wait for their backward pass [n, ...]; and the totals
+    so far."""
+
+    x: jax.Array
+    dy: jax.Array
+    stash: jax.Array
+    waiting: jax.Array
+    totals: Totals
+    dlayers: Any
+    dends: Any
 
 
 class _Mine(NamedTuple):
@@ -86,155 +172,130 @@ class _Now(NamedTuple):
         return cls(*(np.array(column, np.int32) for column in columns))
 
 
-def forward(
-    program: Program, timetable: Timetable, layers: Any, ends: Any, batch: Any
-) -> tuple[jax.Array, Any]:
-    """This device's share of the objective, and the sums, of a whole batch; differentiable (GPipe).
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """The stage of this device: the model, its weights as those of `evaluate`, and the parts of a
+    tick."""
 
-    What a tick computes is computed again in its backward pass, all but the chunk's input.
+    program: Program
+    timetable: Timetable
+    layers: Any
+    ends: Any
+    batch: Any
 
-    Args:
-      program: the model.
-      timetable: of which only forward passes may be left.
-      layers: weights of this stage, leaves [v l, ...] in the order [chunk, layer].
-      ends: weights outside the layers.
-      batch: leaves [M, ...].
+    @property
+    def index(self) -> jax.Array:
+        return jax.lax.axis_index(AXIS)
 
-    Communication over `pipeline`, a tick: one `ppermute` of x; what `program` does in ticks that
-    need it; one all-reduce of y where a loss is due.
-    """
-    stage, last = jax.lax.axis_index(AXIS), timetable.stages - 1
-    shape = jax.eval_shape(program.enter, ends, at(batch, 0))
+    def walk(self, tick: Callable, carry: Any) -> Any:
+        """Runs `tick(carry, now, phase)` through the timetable, one loop a phase."""
+        for ticks in self.timetable.phases:
+            phase = _Now.phase(ticks, self.timetable.chunks)
+            one = functools.partial(tick, phase=phase)
+            carry, _ = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, phase))
+        return carry
 
-    def tick(x: jax.Array, now: _Now, phase: _Now) -> tuple[jax.Array, Any]:
-        mine = _mine(now.forward, stage)
-        x = _begin(program, ends, batch, x, now, phase, mine)
-        y = _run(
-            program, layers, timetable, x, mine.chunk, program.context(at(batch, mine.microbatch))
+    def microbatch(self, number: jax.Array) -> Any:
+        """That of the batch; of -1, which nobody asked for, any."""
+        return at(self.batch, jnp.maximum(number, 0))
+
+    def nothing(self) -> tuple[jax.Array, Totals]:
+        """A residual and totals of zeros."""
+        program, first = self.program, at(self.batch, 0)
+        x = _zeros(jax.eval_shape(program.embed, self.ends, first))
+        _, sums = jax.eval_shape(program.finish, self.ends, x, first)
+        context = program.context(first)
+        _, added = jax.eval_shape(program.layer, at(self.layers, 0), x, context)
+        depth = program.depth * self.timetable.chunks
+        return x, Totals(_zeros(sums), _zeros(added, depth))
+
+    def entering(self, arrived: jax.Array, mine: "_Mine", now: "_Now", phase: "_Now") -> jax.Array:
+        """The input of a chunk: what the stage before sent, or on the first stage a new
+        microbatch."""
+
+        def embed() -> jax.Array:
+            return self.program.embed(self.ends, self.microbatch(now.entering))
+
+        x = _when(phase.entering, now.entering, embed, arrived)
+        return jnp.where((self.index == 0) & (mine.chunk == 0), x, arrived)
+
+    def run(self, x: jax.Array, mine: "_Mine") -> tuple[jax.Array, Added]:
+        """The layers of a chunk."""
+        context = self.program.context(at(self.batch, mine.microbatch))
+        return run(self.program.layer, self.layers, x, context, self.part(mine))
+
+    def part(self, mine: "_Mine") -> Any:
+        """The layers of a chunk among those of the stage."""
+        return self.program.part(mine.chunk * self.program.depth)
+
+    def last(self, y: jax.Array) -> jax.Array:
+        """The result of the last stage, on all of them."""
+        return jax.lax.psum(jnp.where(self.index == self.timetable.stages - 1, y, 0), AXIS)
+
+    def count(self, totals: Added, added: Added, mine: "_Mine") -> Added:
+        """Adds what the layers of a chunk added, if this was work of the stage."""
+        first, depth = mine.chunk * self.program.depth, self.program.depth
+
+        def put(total: jax.Array, more: jax.Array) -> jax.Array:
+            here = jax.lax.dynamic_slice_in_dim(total, first, depth)
+            here += jnp.where(mine.active, more, 0).astype(total.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(total, here, first, axis=0)
+
+        return jax.tree.map(put, totals, added)
+
+    def forward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array]:
+        """A chunk forward, and the loss of a microbatch where that is due.
+
+        What the layers add is counted in their backward pass, which computes it again.
+        """
+        mine = _mine(now.forward, self.index)
+        x = self.entering(c.x, mine, now, phase)
+        kept = jnp.where(mine.active, x, c.stash[mine.slot])
+        c = c._replace(stash=c.stash.at[mine.slot].set(kept))
+        y, _ = self.run(x, mine)
+        before = c.totals.sums, c.dends, c.waiting
+        sums, dends, waiting = _when(phase.due, now.due, lambda: self.loss(*before, y, now), before)
+        totals = c.totals._replace(sums=sums)
+        return c._replace(totals=totals, dends=dends, waiting=waiting), y
+
+    def loss(
+        self, sums: Any, dends: Any, waiting: jax.Array, y: jax.Array, now: "_Now"
+    ) -> tuple[Any, Any, jax.Array]:
+        microbatch, due = self.microbatch(now.due), now.due >= 0
+        objective, pull, more = jax.vjp(
+            lambda ends, y: self.program.finish(ends, y, microbatch),
+            *(self.ends, self.last(y)),
+            has_aux=True,
         )
+        dfinish, dy = pull(jnp.where(due, 1, 0).astype(objective.dtype))
+        place = jnp.maximum(now.due, 0) % waiting.shape[0]
+        dy = jnp.where(due, jax.lax.psum(dy, AXIS), waiting[place])
+        return _added(sums, more, now.due), add(dends, dfinish), waiting.at[place].set(dy)
 
-        def loss() -> Any:
-            y_last = jax.lax.psum(jnp.where(stage == last, y, 0), AXIS)
-            return program.finish(ends, y_last, at(batch, jnp.maximum(now.due, 0)))
-
-        result = _when(phase.due, now.due, loss)
-        return jax.lax.optimization_barrier(
-            (y, jax.tree.map(lambda r: jnp.where(now.due >= 0, r, 0), result))
+    def backward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array]:
+        """A chunk backward, from its input, and the gradient of the embedding where one is due."""
+        program, table = self.program, self.timetable
+        mine = _mine(now.backward, self.index)
+        dy_last = c.waiting[mine.microbatch % c.waiting.shape[0]]
+        dy = jnp.where(
+            (self.index == table.stages - 1) & (mine.chunk == table.chunks - 1), dy_last, c.dy
         )
+        dy = jnp.where(mine.active, dy, 0)  # so every gradient is 0 where there is no work
+        mine = jax.tree.map(lambda n: _after(n, dy_last), mine)
+        context = program.context(at(self.batch, mine.microbatch))
+        x = c.stash[mine.slot]
+        _, added, pull = vjp(program.layer, self.layers, x, context, self.part(mine))
+        totals = c.totals._replace(added=self.count(c.totals.added, added, mine))
+        dlayers, dx = pull(c.dlayers, dy, jnp.where(mine.active, program.scale, 0))
+        first = jnp.where((self.index == 0) & (mine.chunk == 0), dx, 0)
 
-    x, results = jnp.zeros(shape.shape, shape.dtype), []
-    for ticks in _split(timetable):
-        phase = _Now.phase(ticks, timetable.chunks)
-        # With `prevent_cse` nothing is computed again before the gradient that needs it has
-        # arrived.
-        compute = jax.checkpoint(lambda x, now, phase=phase: tick(x, now, phase), prevent_cse=True)
+        def leave() -> Any:
+            microbatch = self.microbatch(now.leaving)
+            _, pull = jax.vjp(lambda ends: program.embed(ends, microbatch), self.ends)
+            return add(c.dends, pull(first)[0])
 
-        def step(x: jax.Array, now: _Now, compute=compute) -> tuple[jax.Array, Any]:
-            y, result = compute(x, now)
-            return _shift(y, timetable.stages, +1), result
-
-        x, result = jax.lax.scan(step, x, jax.tree.map(jnp.asarray, phase))
-        results.append(jax.tree.map(lambda r: jnp.sum(r, axis=0), result))
-    return jax.tree.map(lambda *parts: sum(parts), *results)
-
-
-class _Carry(NamedTuple):
-    """What goes from tick to tick: what the neighbours sent, the inputs that wait for their
-    backward pass [n, ...], and the totals so far."""
-
-    x: jax.Array
-    dy: jax.Array
-    stash: jax.Array
-    sums: Any
-    dlayers: Any
-    dends: Any
-
-
-def loss_and_gradients(
-    program: Program, timetable: Timetable, layers: Any, ends: Any, batch: Any, sum_dtype: jnp.dtype
-) -> tuple[Any, Any, Any]:
-    """Sums, and the gradients of the objective of a whole batch with respect to `layers` and `ends`
-    (1F1B).
-
-    The backward pass of a chunk computes it again from its input, and keeps meanwhile what
-    `program.layer` says.
-
-    Args: as those of `forward`; sum_dtype: in which gradients are added up.
-
-    Returns:
-      The sums of `program.finish`, and gradients in `sum_dtype`: of the layers of this stage, and
-      of `ends`; both are still to be summed over the axes that do not shard the weight.
-
-    Communication over `pipeline`, a tick: one `ppermute` of x and one of dx; what `program` does in
-    ticks that need it; where a loss is due one all-reduce of y and one of dy.
-    """
-    stage, last, v = jax.lax.axis_index(AXIS), timetable.stages - 1, timetable.chunks
-    shape = jax.eval_shape(program.enter, ends, at(batch, 0))
-    x = jnp.zeros(shape.shape, shape.dtype)
-
-    def loss(c: _Carry, y: jax.Array, now: _Now) -> tuple[_Carry, jax.Array]:
-        microbatch = at(batch, jnp.maximum(now.due, 0))
-        y_last = jax.lax.psum(jnp.where(stage == last, y, 0), AXIS)
-        objective, pull, sums = jax.vjp(
-            lambda e, y: program.finish(e, y, microbatch), ends, y_last, has_aux=True
-        )
-        dends, dy = pull(jnp.where(now.due >= 0, 1, 0).astype(objective.dtype))
-        sums = jax.tree.map(
-            lambda total, s: total + jnp.where(now.due >= 0, s, 0), c.sums, (objective, sums)
-        )
-        return c._replace(sums=sums, dends=add(c.dends, dends)), jax.lax.psum(dy, AXIS)
-
-    def leave(dends: Any, dx: jax.Array, now: _Now) -> Any:
-        microbatch = at(batch, jnp.maximum(now.leaving, 0))
-        (more,) = jax.vjp(lambda e: program.enter(e, microbatch), ends)[1](dx)
-        return add(dends, more)
-
-    def tick(c: _Carry, now: _Now, phase: _Now) -> tuple[_Carry, None]:
-        forwards, backwards = phase.forward.any(), phase.backward.any()
-        x, y, dy_last = c.x, c.x, c.dy
-        if forwards:
-            mine = _mine(now.forward, stage)
-            x = _begin(program, ends, batch, c.x, now, phase, mine)
-            kept = jnp.where(mine.active, x, c.stash[mine.slot])
-            c = c._replace(stash=c.stash.at[mine.slot].set(kept))
-            y = _run(
-                program,
-                layers,
-                timetable,
-                x,
-                mine.chunk,
-                program.context(at(batch, mine.microbatch)),
-            )
-            c, dy_last = _when(phase.due, now.due, lambda: loss(c, y, now), (c, c.dy))
-        if backwards:
-            mine = _mine(now.backward, stage)
-            dy = jnp.where((stage == last) & (mine.chunk == v - 1), dy_last, c.dy)
-            dy = jnp.where(mine.active, dy, 0)  # so every gradient is 0 where there is no work
-            mine = jax.tree.map(lambda n: _after(n, dy_last), mine) if forwards else mine
-            context = program.context(at(batch, mine.microbatch))
-            x = c.stash[mine.slot]
-            dlayers, dx = _run_backward(
-                program, layers, c.dlayers, timetable, x, dy, mine.chunk, context
-            )
-            first = jnp.where((stage == 0) & (mine.chunk == 0), dx, 0)
-            dends = _when(phase.leaving, now.leaving, lambda: leave(c.dends, first, now), c.dends)
-            c = c._replace(dlayers=dlayers, dends=dends)
-            y = _after(y, dx)
-            c = c._replace(dy=_shift(dx, timetable.stages, -1))
-        if forwards:
-            c = c._replace(x=_shift(y, timetable.stages, +1))
-        return c, None
-
-    sums = jax.eval_shape(program.finish, ends, x, at(batch, 0))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-    dlayers, dends = jax.tree.map(lambda w: jnp.zeros(w.shape, sum_dtype), (layers, ends))
-    carry = _Carry(x, x, jnp.zeros((timetable.slots, *x.shape), x.dtype), zeros, dlayers, dends)
-    for ticks in timetable.phases:
-        phase = _Now.phase(ticks, v)
-        carry, _ = jax.lax.scan(
-            lambda c, now, phase=phase: tick(c, now, phase), carry, jax.tree.map(jnp.asarray, phase)
-        )
-    return carry.sums, carry.dlayers, carry.dends
+        dends = _when(phase.leaving, now.leaving, leave, c.dends)
+        return c._replace(totals=totals, dlayers=dlayers, dends=dends), dx
 
 
 def reorder(stack: jax.Array, chunks: int, *, to_stages: bool) -> jax.Array:
@@ -262,62 +323,6 @@ def reorder(stack: jax.Array, chunks: int, *, to_stages: bool) -> jax.Array:
     return jnp.stack(moved).reshape(stack.shape)
 
 
-def _begin(
-    program: Program, ends: Any, batch: Any, arrived: jax.Array, now: _Now, phase: _Now, mine: _Mine
-) -> jax.Array:
-    """The input of a chunk: what the stage before sent, or on the first stage a new microbatch."""
-    x = _when(
-        phase.entering,
-        now.entering,
-        lambda: program.enter(ends, at(batch, jnp.maximum(now.entering, 0))),
-        arrived,
-    )
-    return jnp.where((jax.lax.axis_index(AXIS) == 0) & (mine.chunk == 0), x, arrived)
-
-
-def _run(
-    program: Program,
-    layers: Any,
-    timetable: Timetable,
-    x: jax.Array,
-    chunk: jax.Array,
-    context: Any,
-) -> jax.Array:
-    """The layers of one chunk."""
-    if timetable.chunks == 1:
-        return jax.lax.scan(
-            lambda x, weights: (program.layer(weights, x, context), None),
-            x,
-            layers,
-            unroll=program.unroll,
-        )[0]
-    depth = _depth(layers) // timetable.chunks
-    return jax.lax.scan(
-        lambda x, i: (program.layer(at(layers, chunk * depth + i), x, context), None),
-        x,
-        jnp.arange(depth),
-        unroll=program.unroll,
-    )[0]
-
-
-def _run_backward(
-    program: Program,
-    layers: Any,
-    dlayers: Any,
-    timetable: Timetable,
-    x: jax.Array,
-    dy: jax.Array,
-    chunk: jax.Array,
-    context: Any,
-) -> tuple[Any, jax.Array]:
-    """Adds the gradient of one chunk to `dlayers`, in place, and returns it with dx."""
-    depth = _depth(layers) // timetable.chunks
-    _, pull = vjp(
-        program.layer, layers, x, context, first=chunk * depth, depth=depth, unroll=program.unroll
-    )
-    return pull(dlayers, dy)
-
-
 def _after(x: jax.Array, awaited: jax.Array) -> jax.Array:
     """`x`, once `awaited` is there; a true dependence, because XLA takes optimization barriers away
     before it runs."""
@@ -325,29 +330,26 @@ def _after(x: jax.Array, awaited: jax.Array) -> jax.Array:
     return jnp.where(never, jnp.zeros_like(x), x)
 
 
-def _when(
-    needed: np.ndarray, flag: jax.Array, run: Callable[[], Any], otherwise: Any = None
-) -> Any:
-    """What `run` returns if this tick needs it (`flag` is not negative), the same on all devices.
+def _when(needed: np.ndarray, flag: jax.Array, run: Callable[[], Any], otherwise: Any) -> Any:
+    """What `run` returns if this tick needs it (`flag` is not negative), else `otherwise`; the same
+    on all devices.
 
     Where most ticks of a phase (`needed`, their flags) do, it runs in all, and the caller masks.
     """
     if not (needed >= 0).any():
-        return otherwise if otherwise is not None else _zeros(run)
+        return otherwise
     if in_all((needed >= 0).sum(), len(needed)):
         return run()
-    return jax.lax.cond(flag >= 0, run, lambda: otherwise if otherwise is not None else _zeros(run))
+    return jax.lax.cond(flag >= 0, run, lambda: otherwise)
 
 
-def _zeros(run: Callable[[], Any]) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run))
+def _zeros(shapes: Any, *stacked: int) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros((*stacked, *s.shape), s.dtype), shapes)
 
 
-def _split(timetable: Timetable) -> list[tuple[Tick, ...]]:
-    """The forward ticks, cut where the first loss is due."""
-    ticks = [tick for tick in timetable.ticks if any(tick.forward)]
-    first = next(n for n, tick in enumerate(ticks) if tick.due(timetable.chunks) >= 0)
-    return [part for part in (tuple(ticks[:first]), tuple(ticks[first:])) if part]
+def _added(totals: Any, more: Any, flag: jax.Array) -> Any:
+    """Adds what was asked for: `flag` is not negative."""
+    return jax.tree.map(lambda total, m: total + jnp.where(flag >= 0, m, 0), totals, more)
 
 
 def _mine(work: jax.Array, stage: jax.Array) -> _Mine:
@@ -358,7 +360,3 @@ def _mine(work: jax.Array, stage: jax.Array) -> _Mine:
 def _shift(x: jax.Array, stages: int, by: int) -> jax.Array:
     """Sends x to the next stage, or the one before; the last and the first are neighbours."""
     return jax.lax.ppermute(x, AXIS, [(s, (s + by) % stages) for s in range(stages)])
-
-
-def _depth(layers: Any) -> int:
-    return jax.tree.leaves(layers)[0].shape[0]

@@ -16,6 +16,7 @@ to do, is (p - 1) / (v M + p - 1).
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -64,13 +65,14 @@ def _microbatch(work: Work | None, chunk: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class Timetable:
     """All ticks of a step. `slots` is the size of the stash: the most inputs that a stage holds at
-    a time."""
+    a time. `waiting`: the most losses whose gradients the last stage holds."""
 
     stages: int
     microbatches: int
     chunks: int
     ticks: tuple[Tick, ...]
     slots: int
+    waiting: int = 1
 
     @property
     def bubble(self) -> float:
@@ -79,13 +81,18 @@ class Timetable:
 
     @property
     def phases(self) -> list[tuple[Tick, ...]]:
-        """Consecutive ticks of one kind."""
-        phases: list[list[Tick]] = []
-        for tick in self.ticks:
-            if not phases or phases[-1][0].kind != tick.kind:
-                phases.append([])
-            phases[-1].append(tick)
-        return [tuple(phase) for phase in phases]
+        """Consecutive ticks of one kind. Where no tick has both passes, the forward ones are cut
+        where the first loss is due, and the backward ones where the first gradient leaves."""
+        together = any(tick.kind == (True, True) for tick in self.ticks)
+        begun: set[str] = set()
+
+        def key(tick: Tick) -> tuple:
+            begun.update(
+                ["due"] * (tick.due(self.chunks) >= 0), ["leaving"] * (tick.leaving() >= 0)
+            )
+            return tick.kind, () if together else tuple(sorted(begun))
+
+        return [tuple(phase) for _, phase in itertools.groupby(self.ticks, key)]
 
 
 def timetable(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> Timetable:
@@ -127,7 +134,7 @@ def timetable(schedule: str, stages: int, microbatches: int, chunks: int = 1) ->
         Tick(tuple(f.get(t) for f in forward), tuple(b.get(t) for b in backward))
         for t in range(length)
     )
-    return Timetable(p, M, v, tuple(ticks), max(slots))
+    return Timetable(p, M, v, tuple(ticks), max(slots), M if schedule == "gpipe" else 1)
 
 
 def in_all(needed: int, ticks: int) -> bool:
@@ -157,7 +164,7 @@ def turns(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> Tur
     if schedule == "gpipe":
         first = min(p - 1, M)
         entered = _run([(p - 1, first), (M, M - first)])
-        return Turns(ticks, entered[0], M, entered[0], (entered[1], M, entered[1]))
+        return Turns(ticks, entered[0], M, M, (entered[1], M, M))
     own = v * p - 1, v * M - v * p + p, v * p - 1  # of forward passes, of both, of backward passes
     begun = (
         min(p, own[0]) if v > 1 else min(p - 1, M)
@@ -180,7 +187,7 @@ def forward_only(timetable: Timetable) -> Timetable:
     """The same without backward passes, for evaluation."""
     none = (None,) * timetable.stages
     ticks = tuple(Tick(tick.forward, none) for tick in timetable.ticks if any(tick.forward))
-    return dataclasses.replace(timetable, ticks=ticks, slots=1)
+    return dataclasses.replace(timetable, ticks=ticks, slots=1, waiting=1)
 
 
 def _with_slots(
