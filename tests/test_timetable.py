@@ -161,11 +161,8 @@ def test_how_often_things_run(schedule, p, M, v):
     """`turns` counts without a timetable what `pipeline` runs by one."""
     table = timetable(schedule, p, M, v)
     forward = [tick for tick in table.ticks if any(tick.forward)]
-    phases = table.phases
-    if schedule == "gpipe":  # cut where the first loss is due
-        phases = [forward[: p - 1], forward[p - 1 :]]
-    begins = [phase for phase in phases if phase[0].kind[0]]
-    ends = begins if schedule == "gpipe" else [phase for phase in phases if phase[0].kind[1]]
+    begins = [phase for phase in table.phases if phase[0].kind[0]]
+    ends = [phase for phase in table.phases if phase[0].kind[1]]
 
     def runs(phases, flag):
         found = [(len(phase), sum(flag(tick) >= 0 for tick in phase)) for phase in phases]
@@ -173,6 +170,6 @@ def test_how_often_things_run(schedule, p, M, v):
         return ran, sum(length for length, n in found if n)
 
     enter, finish = runs(begins, Tick.entering), runs(begins, lambda tick: tick.due(v))
-    leave = runs(ends, Tick.entering if schedule == "gpipe" else Tick.leaving)
+    leave = runs(ends, Tick.leaving)
     listed = enter[1], finish[1], leave[1]
     assert turns(schedule, p, M, v) == (len(forward), enter[0], finish[0], leave[0], listed)

@@ -95,7 +95,7 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
         if gathered_once or zero
         else 0
     )
-    gradients = _gradients(config, mesh, state["gradients"], entered)
+    gradients = state["gradients"]
     kept = sum(sizes[name] for name in config.memory.kept)
     if "attention" in config.memory.kept:
         kept += attention_residual_bytes(config, mesh)
@@ -137,24 +137,14 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
     )
 
 
-def _gradients(config: Config, mesh: MeshConfig, sums: int, entered: int) -> int:
-    """Bytes of gradients in the backward pass, where they are added up over microbatches into
-    `sums` bytes. Several microbatches, and a pipeline, add to the sums in place; what jax makes of
-    GPipe does not. A single one has those of entered weights in their dtype, and they are cast
-    where they are reduced."""
-    if mesh.pipeline > 1:
-        return sums * (3 if config.parallel.schedule == "gpipe" else 1)
-    return entered if entered and config.train.microbatches == 1 else sums
-
-
 def _stash(config: Config, mesh: MeshConfig) -> int:
-    """Inputs of stages that wait for their backward pass; a stage's activations live only during
-    it."""
+    """Inputs of stages that wait for their backward pass, and of GPipe the gradients of all losses;
+    a stage's activations live only during it."""
     p, M, v = mesh.pipeline, config.train.microbatches, config.parallel.chunks
     if p == 1:
         return 0
     if config.parallel.schedule == "gpipe":
-        return M + p - 1
+        return 2 * M
     return min((v + 1) * p - 1, M * v)
 
 

@@ -222,7 +222,8 @@ def choices(config: Config, mesh: MeshConfig, pins: Pins = ANY) -> Iterator[Conf
     """The config with each number of microbatches, way to gather, ZeRO-1, and pipeline chunks.
 
     Of the schedules only 1f1b: at the same bubble, gpipe holds the inputs of all microbatches and
-    more gradients. More than half of a pipeline's time idle is not tried, unless it is pinned.
+    the gradients of all losses. More than half of a pipeline's time idle is not tried, unless it is
+    pinned.
     """
     staged, sequences = mesh.pipeline > 1, config.train.batch_size // mesh.batch_shards
 

@@ -239,13 +239,8 @@ def _pipeline(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Trans
     shifts = 2 * ticks - (mesh.pipeline * parallel.chunks == 2 and parallel.schedule == "1f1b")
     yield Transfer("collective-permute", ("pipeline",), residual, shifts, hidden=True)
     (enter, finish, leave), listed = turns.ends, turns.listed
-    times = 2 if parallel.schedule == "gpipe" else 1  # it computes every tick again
-    yield Transfer(
-        "all-reduce", ("pipeline",), residual, (times + 1) * finish, listed=(times + 1) * listed[1]
-    )
+    yield Transfer("all-reduce", ("pipeline",), residual, 2 * finish, listed=2 * listed[1])
     axes = (
         ("pipeline",) if parallel.sequence_parallel or mesh.tensor == 1 else ("pipeline", "tensor")
     )
-    yield Transfer(
-        "all-reduce", axes, residual, times * enter + leave, listed=times * listed[0] + listed[2]
-    )
+    yield Transfer("all-reduce", axes, residual, enter + leave, listed=listed[0] + listed[2])
