@@ -40,14 +40,14 @@ class Layout:
     norm_eps: float
     attention: Options
 
-    def enter(self, x_BSD: jax.Array) -> jax.Array:
+    def column_input(self, x_BSD: jax.Array) -> jax.Array:
         """Residual -> input of column-parallel matmuls: replicated over `tensor`, its gradient one
         sum over it."""
         if all_manual():
             return vocabulary.gather_tokens(x_BSD) if self.shards_sequence else x_BSD
         return reshard(x_BSD, self.rules.spec("batch", "seq", "embed", reduced={"tensor"}))
 
-    def leave(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    def row_parallel(self, subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         """Row-parallel matmul -> residual: the partial products of the `tensor` axis are summed
         once."""
         if all_manual():
@@ -138,26 +138,26 @@ class Attention(nnx.Module):
         self.layout = new.layout
 
     def __call__(
-        self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None"
+        self, x_BSD: jax.Array, shared: "Shared", cache: "KVCache | None"
     ) -> tuple[jax.Array, "KVCache | None"]:
         layout = self.layout
-        x_BSD = keep(layout.enter(x_BSD), "attention_input")
+        x_BSD = keep(layout.column_input(x_BSD), "attention_input")
         q_BSHK = einsum("BSD,DHK->BSHK", x_BSD, layout.weight(self.query))
         k_BSGK = einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.key))
         if self.query_norm is None:
-            q_BSHK = keep(context.rotate(q_BSHK), "query")
-            k_BSGK = keep(context.rotate(k_BSGK), "key")
+            q_BSHK = keep(shared.rotate(q_BSHK), "query")
+            k_BSGK = keep(shared.rotate(k_BSGK), "key")
         else:  # whose backward pass needs its input: kept, the rest is cheap to compute again
-            q_BSHK = context.rotate(self.query_norm(keep(q_BSHK, "query")))
-            k_BSGK = context.rotate(self.key_norm(keep(k_BSGK, "key")))
+            q_BSHK = shared.rotate(self.query_norm(keep(q_BSHK, "query")))
+            k_BSGK = shared.rotate(self.key_norm(keep(k_BSGK, "key")))
         v_BSGK = keep(einsum("BSD,DGK->BSGK", x_BSD, layout.weight(self.value)), "value")
         if cache is not None:
-            cache = cache.extend(k_BSGK, v_BSGK, context.start)
+            cache = cache.extend(k_BSGK, v_BSGK, shared.start)
             k_BSGK, v_BSGK = cache
         o_BSHK = attend(
-            q_BSHK, k_BSGK, v_BSGK, context.queries, context.keys, layout.rules, layout.attention
+            q_BSHK, k_BSGK, v_BSGK, shared.queries, shared.keys, layout.rules, layout.attention
         )
-        out_BSD = layout.leave("BSHK,DHK->BSD", o_BSHK, layout.weight(self.out))
+        out_BSD = layout.row_parallel("BSHK,DHK->BSD", o_BSHK, layout.weight(self.out))
         return keep(out_BSD, "attention_output"), cache
 
 
@@ -170,10 +170,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         layout = self.layout
-        x_BSD = keep(layout.enter(x_BSD), "mlp_input")
+        x_BSD = keep(layout.column_input(x_BSD), "mlp_input")
         gate_BSF = keep(einsum("BSD,DF->BSF", x_BSD, layout.weight(self.gate)), "gate")
         up_BSF = keep(einsum("BSD,DF->BSF", x_BSD, layout.weight(self.up)), "up")
-        return layout.leave("BSF,DF->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down))
+        return layout.row_parallel(
+            "BSF,DF->BSD", jax.nn.silu(gate_BSF) * up_BSF, layout.weight(self.down)
+        )
 
 
 class Block(nnx.Module):
@@ -184,12 +186,12 @@ class Block(nnx.Module):
         self.mlp = new.module(MLP, "mlp")
 
     def __call__(
-        self, x_BSD: jax.Array, context: "Context", cache: "KVCache | None" = None
+        self, x_BSD: jax.Array, shared: "Shared", cache: "KVCache | None" = None
     ) -> tuple[jax.Array, Added, "KVCache | None"]:
         """The residual behind the layer, what it adds to the objective and to the sums of a step,
         and with a cache the keys and values extended."""
         x_BSD = keep(x_BSD, "residual")
-        out_BSD, cache = self.attention(self.attention_norm(x_BSD), context, cache)
+        out_BSD, cache = self.attention(self.attention_norm(x_BSD), shared, cache)
         x_BSD = x_BSD + out_BSD
         return x_BSD + self.mlp(self.mlp_norm(x_BSD)), Added(), cache
 
@@ -231,14 +233,14 @@ class Llama(nnx.Module):
         if cache is not None:
             cache = cache.extend_info(queries)
 
-        def layer(weights: tuple, x_BSD: jax.Array, context: Context) -> tuple[jax.Array, Added]:
+        def layer(weights: tuple, x_BSD: jax.Array, shared: Shared) -> tuple[jax.Array, Added]:
             block, kv = weights
-            x_BSD, _, kv = block(x_BSD, context, kv)
+            x_BSD, _, kv = block(x_BSD, shared, kv)
             return x_BSD, Added(sums=kv)
 
-        context, x_BSD = self.context(queries, cache), self.embed(tokens_BS)
+        shared, x_BSD = self.shared(queries, cache), self.embed(tokens_BS)
         weights = self.layers, cache and cache.kv
-        x_BSD, added = layers.run(layer, weights, x_BSD, context, layers.Part(self.config.layers))
+        x_BSD, added = layers.run(layer, weights, x_BSD, shared, layers.Part(self.config.layers))
         if cache is not None:
             length = cache.length + tokens_BS.shape[1]
             cache = dataclasses.replace(cache, kv=added.sums, length=length)
@@ -248,7 +250,7 @@ class Llama(nnx.Module):
         """The residual that enters the first layer."""
         return vocabulary.lookup(self.layout.weight(self.embedding), tokens_BS, self.layout.rules)
 
-    def context(self, queries: TokenInfo, cache: "Cache | None" = None) -> "Context":
+    def shared(self, queries: TokenInfo, cache: "Cache | None" = None) -> "Shared":
         """What all layers share; `cache` holds the info of all keys already."""
         keys = queries if cache is None else cache.info
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
@@ -256,7 +258,7 @@ class Llama(nnx.Module):
             keys = TokenInfo(*map(all_gather_tokens, keys))
         else:
             keys = TokenInfo(*(reshard(x, self.layout.rules.spec("batch", None)) for x in keys))
-        return Context(queries, keys, rope_angles(queries.positions, self.config), start)
+        return Shared(queries, keys, rope_angles(queries.positions, self.config), start)
 
     def head_weight(self) -> jax.Array:
         """[D, V], as it is stored or entered."""
@@ -283,7 +285,7 @@ def remat_policy(memory: MemoryConfig) -> Callable[..., Any]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Context:
+class Shared:
     """What is the same in every layer of one forward pass.
 
     `keys` is whole along the sequence; `angles` are cosines and sines [B, S, K/2] in float32;

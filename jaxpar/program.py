@@ -225,11 +225,11 @@ def make_program(model: Llama, dims: list[int | None], config: Config, scale: ja
     def embed(ends: list[jax.Array], batch: Batch) -> jax.Array:
         return ends_of(ends).embed(batch.tokens)
 
-    def context(batch: Batch) -> Any:
-        return model.context(TokenInfo(batch.positions, batch.segments))
+    def shared(batch: Batch) -> Any:
+        return model.shared(TokenInfo(batch.positions, batch.segments))
 
-    def layer(weights: list[jax.Array], x: jax.Array, context: Any) -> tuple[jax.Array, Added]:
-        y, added, _ = jax.tree.unflatten(block, whole(weights, layer_dims))(x, context)
+    def layer(weights: list[jax.Array], x: jax.Array, shared: Any) -> tuple[jax.Array, Added]:
+        y, added, _ = jax.tree.unflatten(block, whole(weights, layer_dims))(x, shared)
         return y, added
 
     def finish(
@@ -251,4 +251,4 @@ def make_program(model: Llama, dims: list[int | None], config: Config, scale: ja
     kept = jax.checkpoint(layer, policy=remat_policy(config.memory), prevent_cse=False)
     chunks = stages() * config.parallel.chunks if stages() > 1 else 1
     depth, unroll = config.model.layers // chunks, config.compile.unroll
-    return Program(embed, context, kept, finish, scale, depth, unroll)
+    return Program(embed, shared, kept, finish, scale, depth, unroll)

@@ -67,7 +67,7 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
     B, S = config.train.batch_size // config.train.microbatches, config.data.sequence_length
     at_tokens = layout.rules.spec("batch", "seq")
     positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S), out_sharding=at_tokens)
-    context = jax.jit(model.context)(TokenInfo(positions, jnp.ones_like(positions)))
+    shared = jax.jit(model.shared)(TokenInfo(positions, jnp.ones_like(positions)))
     layer = jax.tree.map(lambda w: w[0], enter(model, config).layers)
     x = jnp.ones((B, S, m.dim), layout.dtype, out_sharding=layout.residual)
     q, k = (
@@ -80,23 +80,23 @@ def layer_parts(model: Llama, config: Config, rate: float) -> list[Row]:
     )
 
     def one_layer(layer: Any, x: jax.Array) -> jax.Array:
-        return layer(x, context)[0]
+        return layer(x, shared)[0]
 
     def core(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention.attend(
-            q, k, v, context.queries, context.keys, layout.rules, layout.attention
+            q, k, v, shared.queries, shared.keys, layout.rules, layout.attention
         )
 
     def products(layer: Any, x: jax.Array, o: jax.Array) -> tuple[jax.Array, ...]:
-        a, mlp, x = layer.attention, layer.mlp, layout.enter(x)
+        a, mlp, x = layer.attention, layer.mlp, layout.column_input(x)
         gate = einsum("BSD,DF->BSF", x, layout.weight(mlp.gate))
         return (
             einsum("BSD,DHK->BSHK", x, layout.weight(a.query)),
             einsum("BSD,DGK->BSGK", x, layout.weight(a.key)),
             einsum("BSD,DGK->BSGK", x, layout.weight(a.value)),
-            layout.leave("BSHK,DHK->BSD", o, layout.weight(a.out)),
+            layout.row_parallel("BSHK,DHK->BSD", o, layout.weight(a.out)),
             einsum("BSD,DF->BSF", x, layout.weight(mlp.up)),
-            layout.leave("BSF,DF->BSD", gate, layout.weight(mlp.down)),
+            layout.row_parallel("BSF,DF->BSD", gate, layout.weight(mlp.down)),
         )
 
     again = jax.checkpoint(

@@ -67,7 +67,10 @@ def ticks_that_run(table: Timetable) -> tuple[int, int, int]:
     counts = [0, 0, 0]
     for phase in table.phases:
         flags = zip(
-            *((t.entering() >= 0, t.due(table.chunks) >= 0, t.leaving() >= 0) for t in phase),
+            *(
+                (t.embedding() >= 0, t.loss(table.chunks) >= 0, t.embedding_gradient() >= 0)
+                for t in phase
+            ),
             strict=True,
         )
         for n, needed in enumerate(map(sum, flags)):

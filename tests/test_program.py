@@ -28,8 +28,8 @@ def dummy_loss():
     sum of its result."""
     plain = model.Block.__call__
 
-    def block(self: Any, x_BSD: jax.Array, context: Any, cache: Any = None) -> Any:
-        x_BSD, _, cache = plain(self, x_BSD, context, cache)
+    def block(self: Any, x_BSD: jax.Array, shared: Any, cache: Any = None) -> Any:
+        x_BSD, _, cache = plain(self, x_BSD, shared, cache)
         x32 = x_BSD.astype(jnp.float32)
         mean_BS, total = jnp.mean(jnp.square(x32), axis=-1), jnp.sum(x32)
         rules = self.mlp.layout.rules
@@ -124,11 +124,11 @@ def test_the_gradient_is_that_of_the_plain_sum(text):  # noqa: F811
         def objective(llama: Any) -> jax.Array:
             one = jax.tree.map(lambda x: x[0], batch)
             info = model.TokenInfo(jnp.asarray(one.positions), jnp.asarray(one.segments))
-            context, x = llama.context(info), llama.embed(jnp.asarray(one.tokens))
+            shared, x = llama.shared(info), llama.embed(jnp.asarray(one.tokens))
             added = jnp.zeros(())
             for n in range(config.model.layers):
                 layer = jax.tree.map(lambda w, n=n: w[n], llama.layers)
-                x, (terms, _), _ = layer(x, context)
+                x, (terms, _), _ = layer(x, shared)
                 added += jnp.sum(terms[0])
             logits = llama.norm(x) @ llama.head_weight()
             lse = jax.nn.logsumexp(logits, axis=-1)

@@ -97,9 +97,9 @@ def test_three_phases(schedule, p, M, v):
 def test_losses_and_ends_come_once_each():
     table = timetable("1f1b", 4, 8, 2)
     for flags in (
-        [tick.entering() for tick in table.ticks],
-        [tick.due(2) for tick in table.ticks],
-        [tick.leaving() for tick in table.ticks],
+        [tick.embedding() for tick in table.ticks],
+        [tick.loss(2) for tick in table.ticks],
+        [tick.embedding_gradient() for tick in table.ticks],
     ):
         assert sorted(m for m in flags if m >= 0) == list(range(8))
     assert all(not any(tick.backward) for tick in forward_only(table).ticks)
@@ -169,7 +169,7 @@ def test_how_often_things_run(schedule, p, M, v):
         ran = sum((length if in_all(n, length) else n) if n else 0 for length, n in found)
         return ran, sum(length for length, n in found if n)
 
-    enter, finish = runs(begins, Tick.entering), runs(begins, lambda tick: tick.due(v))
-    leave = runs(ends, Tick.leaving)
+    enter, finish = runs(begins, Tick.embedding), runs(begins, lambda tick: tick.loss(v))
+    leave = runs(ends, Tick.embedding_gradient)
     listed = enter[1], finish[1], leave[1]
     assert turns(schedule, p, M, v) == (len(forward), enter[0], finish[0], leave[0], listed)

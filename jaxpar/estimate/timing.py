@@ -168,7 +168,7 @@ def _matmuls(
     model, parallel, M = config.model, config.parallel, config.train.microbatches
     losses = M
     if mesh.pipeline > 1:
-        losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).finish
+        losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).losses
     head = 6 * model.dim * model.vocab_size
     narrow = min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
     found: list[tuple[float, float, float]] = [(head, head * (losses / M - 1), narrow)]

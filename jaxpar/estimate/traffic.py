@@ -71,7 +71,7 @@ def _turns(config: Config, mesh: MeshConfig) -> _Turns:
     if mesh.pipeline == 1:
         return _Turns(L * M, 1, (M, M, M), (M, M, M))
     found = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks)
-    ends = found.enter, found.finish, found.leave
+    ends = found.embeddings, found.losses, found.gradients
     return _Turns(L // (mesh.pipeline * parallel.chunks) * found.chunks, 2, ends, found.listed)
 
 
@@ -91,16 +91,26 @@ def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transf
         yield Transfer("all-gather", fsdp, compute * (layers + ends), 1)
         yield Transfer("reduce-scatter", fsdp, summed * (layers + ends), 1)
     else:
-        (enter, finish, leave), listed, runs = turns.ends, turns.listed, turns.layers
+        (embeddings, losses, gradients), listed, runs = turns.ends, turns.listed, turns.layers
         yield Transfer(
             "all-gather", fsdp, compute * layer, (1 + turns.forwards) * runs, hidden=True
         )
         yield Transfer("reduce-scatter", fsdp, summed * layer, runs, hidden=True)
         yield Transfer(
-            "all-gather", fsdp, compute * embedding, enter + finish, True, listed[0] + listed[1]
+            "all-gather",
+            fsdp,
+            compute * embedding,
+            embeddings + losses,
+            True,
+            listed[0] + listed[1],
         )
         yield Transfer(
-            "reduce-scatter", fsdp, summed * embedding, leave + finish, True, listed[2] + listed[1]
+            "reduce-scatter",
+            fsdp,
+            summed * embedding,
+            gradients + losses,
+            True,
+            listed[2] + listed[1],
         )
     left = summed * (layers + ends) / mesh.fsdp
     if zero:
@@ -180,21 +190,28 @@ def _tensor(
 ) -> Iterator[Transfer]:
     """Two halves of a layer, each there and back; the head's input and its gradient, the
     embedding's rows and theirs."""
-    axes, runs, (enter, finish, leave), listed = ("tensor",), turns.layers, turns.ends, turns.listed
+    axes, runs, (embeddings, losses, gradients), listed = (
+        ("tensor",),
+        turns.layers,
+        turns.ends,
+        turns.listed,
+    )
     there = 2 * turns.forwards
     out = there + 2 + ("attention_output" not in kept)
     if config.parallel.sequence_parallel:
         again = ("attention_input" not in kept) + ("mlp_input" not in kept)
         yield Transfer("all-gather", axes, residual, (there + 2 + again) * runs)
         yield Transfer("reduce-scatter", axes, residual, out * runs)
-        yield Transfer("all-gather", axes, residual, finish + leave, listed=listed[1] + listed[2])
         yield Transfer(
-            "reduce-scatter", axes, residual, finish + enter, listed=listed[1] + listed[0]
+            "all-gather", axes, residual, losses + gradients, listed=listed[1] + listed[2]
+        )
+        yield Transfer(
+            "reduce-scatter", axes, residual, losses + embeddings, listed=listed[1] + listed[0]
         )
     else:
         yield Transfer("all-reduce", axes, residual, out * runs)
         if not pipelined:  # else over both axes at once, see there
-            yield Transfer("all-reduce", axes, residual, finish + enter)
+            yield Transfer("all-reduce", axes, residual, losses + embeddings)
 
 
 def _context(config: Config, mesh: MeshConfig, tokens: float, turns: _Turns) -> Iterator[Transfer]:
@@ -238,9 +255,11 @@ def _pipeline(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Trans
     # compiler sees it.
     shifts = 2 * ticks - (mesh.pipeline * parallel.chunks == 2 and parallel.schedule == "1f1b")
     yield Transfer("collective-permute", ("pipeline",), residual, shifts, hidden=True)
-    (enter, finish, leave), listed = turns.ends, turns.listed
-    yield Transfer("all-reduce", ("pipeline",), residual, 2 * finish, listed=2 * listed[1])
+    (embeddings, losses, gradients), listed = turns.ends, turns.listed
+    yield Transfer("all-reduce", ("pipeline",), residual, 2 * losses, listed=2 * listed[1])
     axes = (
         ("pipeline",) if parallel.sequence_parallel or mesh.tensor == 1 else ("pipeline", "tensor")
     )
-    yield Transfer("all-reduce", axes, residual, enter + leave, listed=listed[0] + listed[2])
+    yield Transfer(
+        "all-reduce", axes, residual, embeddings + gradients, listed=listed[0] + listed[2]
+    )

@@ -24,7 +24,7 @@ class Added(NamedTuple):
 
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Added]]
-"""(weights of one layer, x, context) -> y, and what the layer adds. Its residuals are what remat
+"""(weights of one layer, x, shared) -> y, and what the layer adds. Its residuals are what remat
 keeps of a layer."""
 Pull = Callable[..., tuple[Any, jax.Array]]
 """(totals, dy, gradient of the added objectives, add=True) -> totals with the gradients of the
@@ -42,15 +42,15 @@ class Part:
 
 
 def run(
-    layer: Layer, weights: Any, x: jax.Array, context: Any, part: Part
+    layer: Layer, weights: Any, x: jax.Array, shared: Any, part: Part
 ) -> tuple[jax.Array, Added]:
     """The layers, forward. Arguments as of `vjp`; y, and what each layer adds, leaves [l, ...]."""
-    y, added = _loop(lambda x, i: layer(at(weights, part.first + i), x, context), x, part)
+    y, added = _loop(lambda x, i: layer(at(weights, part.first + i), x, shared), x, part)
     return y, _stacked(added)
 
 
 def vjp(
-    layer: Layer, weights: Any, x: jax.Array, context: Any, part: Part
+    layer: Layer, weights: Any, x: jax.Array, shared: Any, part: Part
 ) -> tuple[jax.Array, Added, Pull]:
     """Runs layers, and returns how to go back.
 
@@ -61,7 +61,7 @@ def vjp(
       layer: one layer.
       weights: leaves [L, ...].
       x: input of the first layer.
-      context: what all layers share; it has no gradient.
+      shared: what all layers share; it has no gradient.
       part: which layers.
 
     Returns:
@@ -75,11 +75,11 @@ def vjp(
         here = at(weights, part.first + i)
 
         def one(weights: Any, x: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
-            y, added = layer(weights, x, context)
+            y, added = layer(weights, x, shared)
             return (y, added.objective), added.sums
 
         (y, objective), pull, sums = jax.vjp(one, here, x, has_aux=True)
-        residuals = _Residuals.of(pull, jax.tree.leaves((here, context)))
+        residuals = _Residuals.of(pull, jax.tree.leaves((here, shared)))
         return y, (Added(objective, sums), residuals)
 
     y, kept = _loop(forward, x, part)
@@ -94,7 +94,7 @@ def vjp(
             carry: tuple[jax.Array, Any], i: Any, kept: tuple[Added, _Residuals]
         ) -> tuple[tuple[jax.Array, Any], None]:
             (dy, totals), (added, residuals) = carry, kept
-            pull = residuals.pull(jax.tree.leaves((at(weights, part.first + i), context)))
+            pull = residuals.pull(jax.tree.leaves((at(weights, part.first + i), shared)))
             dadded = jax.tree.map(lambda x: jnp.zeros_like(x) + dobjective, added.objective)
             more, dx = pull((dy, dadded))
             return (dx, jax.tree.map(lambda t, d: put(t, part.first + i, d), totals, more)), None
@@ -109,7 +109,7 @@ def vjp(
 @dataclasses.dataclass(frozen=True)
 class _Residuals:
     """What the backward pass of a layer needs: `kept`, and what is here for it anyway, its weights
-    and the context, of which only the places are noted, one a leaf of the pull, None for `kept`."""
+    and the shared, of which only the places are noted, one a leaf of the pull, None for `kept`."""
 
     kept: list[jax.Array]
     places: tuple[int | None, ...] = dataclasses.field(metadata=dict(static=True))

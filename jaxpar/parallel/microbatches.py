@@ -24,7 +24,7 @@ class Program(NamedTuple):
 
     embed: Callable[[Any, Any], jax.Array]
     """(ends, microbatch) -> x of the first layer."""
-    context: Callable[[Any], Any]
+    shared: Callable[[Any], Any]
     """microbatch -> what all layers share."""
     layer: Layer
     finish: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
@@ -60,8 +60,8 @@ def evaluate(program: Program, layers: Any, ends: Any, batch: Any) -> Totals:
     """
 
     def one(_: None, microbatch: Any) -> tuple[None, Totals]:
-        x, context = program.embed(ends, microbatch), program.context(microbatch)
-        y, added = run(program.layer, layers, x, context, program.part())
+        x, shared = program.embed(ends, microbatch), program.shared(microbatch)
+        y, added = run(program.layer, layers, x, shared, program.part())
         return None, Totals(program.finish(ends, y, microbatch)[1], added)
 
     return _over_microbatches(jax.lax.scan(one, None, batch)[1])
@@ -85,8 +85,8 @@ def loss_and_gradients(
     def one(gradients: tuple[Any, Any], microbatch: Any, *, first: bool) -> tuple[Any, Totals]:
         dlayers, dends = gradients
         x, pull_embed = jax.vjp(lambda ends: program.embed(ends, microbatch), ends)
-        context = program.context(microbatch)
-        y, added, pull_layers = vjp(program.layer, layers, x, context, program.part())
+        shared = program.shared(microbatch)
+        y, added, pull_layers = vjp(program.layer, layers, x, shared, program.part())
         objective, pull_finish, sums = jax.vjp(
             lambda ends, y: program.finish(ends, y, microbatch), ends, y, has_aux=True
         )

@@ -52,14 +52,14 @@ def evaluate(program: Program, timetable: Timetable, layers: Any, ends: Any, bat
 
     def tick(c: _Evaluated, now: _Now, phase: _Now) -> tuple[_Evaluated, None]:
         mine = _mine(now.forward, stage.index)
-        y, added = stage.run(stage.entering(c.x, mine, now, phase), mine)
+        y, added = stage.run(stage.input(c.x, mine, now, phase), mine)
         totals = c.totals._replace(added=stage.count(c.totals.added, added, mine))
 
         def due() -> Any:
-            _, sums = program.finish(ends, stage.last(y), stage.microbatch(now.due))
-            return _added(totals.sums, sums, now.due)
+            _, sums = program.finish(ends, stage.last(y), stage.microbatch(now.loss))
+            return _added(totals.sums, sums, now.loss)
 
-        totals = totals._replace(sums=_when(phase.due, now.due, due, totals.sums))
+        totals = totals._replace(sums=_when(phase.loss, now.loss, due, totals.sums))
         # The loss before the shift: see above.
         y = _after(y, jax.tree.leaves(totals.sums)[0])
         return _Evaluated(_shift(y, timetable.stages, +1), totals), None
@@ -151,9 +151,9 @@ class _Now(NamedTuple):
 
     forward: Any
     backward: Any
-    entering: Any
-    due: Any
-    leaving: Any
+    embedding: Any
+    loss: Any
+    embedding_gradient: Any
 
     @classmethod
     def phase(cls, ticks: tuple[Tick, ...], chunks: int) -> "_Now":
@@ -164,7 +164,13 @@ class _Now(NamedTuple):
 
         columns = zip(
             *(
-                (rows(t.forward), rows(t.backward), t.entering(), t.due(chunks), t.leaving())
+                (
+                    rows(t.forward),
+                    rows(t.backward),
+                    t.embedding(),
+                    t.loss(chunks),
+                    t.embedding_gradient(),
+                )
                 for t in ticks
             ),
             strict=True,
@@ -204,25 +210,25 @@ class _Stage:
         program, first = self.program, at(self.batch, 0)
         x = _zeros(jax.eval_shape(program.embed, self.ends, first))
         _, sums = jax.eval_shape(program.finish, self.ends, x, first)
-        context = program.context(first)
-        _, added = jax.eval_shape(program.layer, at(self.layers, 0), x, context)
+        shared = program.shared(first)
+        _, added = jax.eval_shape(program.layer, at(self.layers, 0), x, shared)
         depth = program.depth * self.timetable.chunks
         return x, Totals(_zeros(sums), _zeros(added, depth))
 
-    def entering(self, arrived: jax.Array, mine: "_Mine", now: "_Now", phase: "_Now") -> jax.Array:
+    def input(self, arrived: jax.Array, mine: "_Mine", now: "_Now", phase: "_Now") -> jax.Array:
         """The input of a chunk: what the stage before sent, or on the first stage a new
         microbatch."""
 
         def embed() -> jax.Array:
-            return self.program.embed(self.ends, self.microbatch(now.entering))
+            return self.program.embed(self.ends, self.microbatch(now.embedding))
 
-        x = _when(phase.entering, now.entering, embed, arrived)
+        x = _when(phase.embedding, now.embedding, embed, arrived)
         return jnp.where((self.index == 0) & (mine.chunk == 0), x, arrived)
 
     def run(self, x: jax.Array, mine: "_Mine") -> tuple[jax.Array, Added]:
         """The layers of a chunk."""
-        context = self.program.context(at(self.batch, mine.microbatch))
-        return run(self.program.layer, self.layers, x, context, self.part(mine))
+        shared = self.program.shared(at(self.batch, mine.microbatch))
+        return run(self.program.layer, self.layers, x, shared, self.part(mine))
 
     def part(self, mine: "_Mine") -> Any:
         """The layers of a chunk among those of the stage."""
@@ -249,28 +255,30 @@ class _Stage:
         What the layers add is counted in their backward pass, which computes it again.
         """
         mine = _mine(now.forward, self.index)
-        x = self.entering(c.x, mine, now, phase)
+        x = self.input(c.x, mine, now, phase)
         kept = jnp.where(mine.active, x, c.stash[mine.slot])
         c = c._replace(stash=c.stash.at[mine.slot].set(kept))
         y, _ = self.run(x, mine)
         before = c.totals.sums, c.dends, c.waiting
-        sums, dends, waiting = _when(phase.due, now.due, lambda: self.loss(*before, y, now), before)
+        sums, dends, waiting = _when(
+            phase.loss, now.loss, lambda: self.loss(*before, y, now), before
+        )
         totals = c.totals._replace(sums=sums)
         return c._replace(totals=totals, dends=dends, waiting=waiting), y
 
     def loss(
         self, sums: Any, dends: Any, waiting: jax.Array, y: jax.Array, now: "_Now"
     ) -> tuple[Any, Any, jax.Array]:
-        microbatch, due = self.microbatch(now.due), now.due >= 0
+        microbatch, due = self.microbatch(now.loss), now.loss >= 0
         objective, pull, more = jax.vjp(
             lambda ends, y: self.program.finish(ends, y, microbatch),
             *(self.ends, self.last(y)),
             has_aux=True,
         )
         dfinish, dy = pull(jnp.where(due, 1, 0).astype(objective.dtype))
-        place = jnp.maximum(now.due, 0) % waiting.shape[0]
+        place = jnp.maximum(now.loss, 0) % waiting.shape[0]
         dy = jnp.where(due, jax.lax.psum(dy, AXIS), waiting[place])
-        return _added(sums, more, now.due), add(dends, dfinish), waiting.at[place].set(dy)
+        return _added(sums, more, now.loss), add(dends, dfinish), waiting.at[place].set(dy)
 
     def backward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array]:
         """A chunk backward, from its input, and the gradient of the embedding where one is due."""
@@ -282,19 +290,19 @@ class _Stage:
         )
         dy = jnp.where(mine.active, dy, 0)  # so every gradient is 0 where there is no work
         mine = jax.tree.map(lambda n: _after(n, dy_last), mine)
-        context = program.context(at(self.batch, mine.microbatch))
+        shared = program.shared(at(self.batch, mine.microbatch))
         x = c.stash[mine.slot]
-        _, added, pull = vjp(program.layer, self.layers, x, context, self.part(mine))
+        _, added, pull = vjp(program.layer, self.layers, x, shared, self.part(mine))
         totals = c.totals._replace(added=self.count(c.totals.added, added, mine))
         dlayers, dx = pull(c.dlayers, dy, jnp.where(mine.active, program.scale, 0))
         first = jnp.where((self.index == 0) & (mine.chunk == 0), dx, 0)
 
-        def leave() -> Any:
-            microbatch = self.microbatch(now.leaving)
+        def embedding_gradient() -> Any:
+            microbatch = self.microbatch(now.embedding_gradient)
             _, pull = jax.vjp(lambda ends: program.embed(ends, microbatch), self.ends)
             return add(c.dends, pull(first)[0])
 
-        dends = _when(phase.leaving, now.leaving, leave, c.dends)
+        dends = _when(phase.embedding_gradient, now.embedding_gradient, embedding_gradient, c.dends)
         return c._replace(totals=totals, dlayers=dlayers, dends=dends), dx
 
 

@@ -45,15 +45,15 @@ class Tick:
         """Whether it has forward and backward passes."""
         return any(self.forward), any(self.backward)
 
-    def entering(self) -> int:
+    def embedding(self) -> int:
         """The microbatch that the first stage begins, or -1."""
         return _microbatch(self.forward[0], 0)
 
-    def due(self, chunks: int) -> int:
+    def loss(self, chunks: int) -> int:
         """The microbatch whose loss the last stage needs, or -1."""
         return _microbatch(self.forward[-1], chunks - 1)
 
-    def leaving(self) -> int:
+    def embedding_gradient(self) -> int:
         """The microbatch whose gradient reaches the embedding, or -1."""
         return _microbatch(self.backward[0], 0)
 
@@ -88,7 +88,8 @@ class Timetable:
 
         def key(tick: Tick) -> tuple:
             begun.update(
-                ["due"] * (tick.due(self.chunks) >= 0), ["leaving"] * (tick.leaving() >= 0)
+                ["loss"] * (tick.loss(self.chunks) >= 0),
+                ["embedding gradient"] * (tick.embedding_gradient() >= 0),
             )
             return tick.kind, () if together else tuple(sorted(begun))
 
@@ -145,14 +146,14 @@ def in_all(needed: int, ticks: int) -> bool:
 
 class Turns(NamedTuple):
     """How often a device runs the parts of a step, idle ticks included. `chunks`: the layers of a
-    chunk, forward and as often backward; `enter`, `finish`, `leave`: embedding, head with loss, and
+    chunk, forward and as often backward; `embeddings`, `losses`, `gradients`: embedding, head with loss, and
     the embedding's gradient. `listed` are the same three as the program lists them, where a branch
     counts in every tick."""
 
     chunks: int
-    enter: int
-    finish: int
-    leave: int
+    embeddings: int
+    losses: int
+    gradients: int
     listed: tuple[int, int, int]
 
 
