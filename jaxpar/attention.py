@@ -75,7 +75,7 @@ def attend(
         in every layer. T is S, or with all_gather the length of a cache, which is always read by
         XLA.
       rules: the sharding table.
-      options: see there.
+      options: kind of context parallelism, order and packing of the tokens, implementation.
 
     Returns:
       [B, S, H, K] in the dtype of `q_BSHK`, sharded as the queries are; in padding arbitrary, but

@@ -62,13 +62,17 @@ def loss_and_gradients(
         run = functools.partial(pipeline.loss_and_gradients, sum_dtype=entered.layout.sum_dtype)
         totals, gradients = _in_region(run, entered, batch, config, make_timetable(config), scale)
     else:
+        # A single microbatch has nothing to add to: its gradients stay as small as the weights.
         dtype = entered.layout.sum_dtype
-        zeros = split.apart([reduce.zero_gradient(w, dtype) for w in leaves])
+        several = config.train.microbatches > 1
+        zeros = split.apart(
+            [reduce.zero_gradient(w, dtype if several else w.dtype) for w in leaves]
+        )
         program = make_program(entered, [None] * len(leaves), config, scale)
         totals, *gradients = microbatches.loss_and_gradients(
             program, *split.apart(leaves), batch, zeros
         )
-        gradients = split.join(*gradients)
+        gradients = [g.astype(dtype) for g in split.join(*gradients)]
     return _sums(totals, config), jax.tree.unflatten(structure, gradients)
 
 

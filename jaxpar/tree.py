@@ -21,8 +21,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Positions in tuples and lists are left out where the name is unique without them, so that a link
     more or less in an `optax.chain` leaves `optimizer.mu.layers.attention.query` what it is.
     """
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    full = [leaf_name(path) for path in paths]
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    leaves, full = [leaf for _, leaf in pairs], [leaf_name(path) for path, _ in pairs]
     short = [".".join(part for part in name.split(".") if not part.isdecimal()) for name in full]
     uses = collections.Counter(short)
     names = [

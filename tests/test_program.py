@@ -121,10 +121,10 @@ def test_the_gradient_is_that_of_the_plain_sum(text):  # noqa: F811
     with jax.set_mesh(mesh):
         llama = jax.jit(lambda: init_state(plain).model)()
 
-        def objective(llama: Any) -> jax.Array:
+        def objective(llama: Any, batch: Batch) -> jax.Array:
             one = jax.tree.map(lambda x: x[0], batch)
-            info = model.TokenInfo(jnp.asarray(one.positions), jnp.asarray(one.segments))
-            shared, x = llama.shared(info), llama.embed(jnp.asarray(one.tokens))
+            shared = llama.shared(model.TokenInfo(one.positions, one.segments))
+            x = llama.embed(one.tokens)
             added = jnp.zeros(())
             for n in range(config.model.layers):
                 layer = jax.tree.map(lambda w, n=n: w[n], llama.layers)
@@ -137,7 +137,8 @@ def test_the_gradient_is_that_of_the_plain_sum(text):  # noqa: F811
             total = jnp.sum(jnp.where(valid, lse - target + plain.train.z_loss * lse**2, 0))
             return (total + added) / valid.sum()
 
-        value, gradients = jax.jit(jax.value_and_grad(objective))(llama)
+        placed = place(batch, plain, mesh)
+        value, gradients = jax.jit(jax.value_and_grad(objective))(llama, placed)
         leaves = {n: np.asarray(g, np.float64) for n, g in named_leaves(gradients).items()}
     ours = verify.run_batch(config, mesh, batch)
     assert ours.loss == pytest.approx(float(value), rel=1e-6)

@@ -210,7 +210,7 @@ def _tensor(
         )
     else:
         yield Transfer("all-reduce", axes, residual, out * runs)
-        if not pipelined:  # else over both axes at once, see there
+        if not pipelined:  # there over both axes at once: `_pipeline`
             yield Transfer("all-reduce", axes, residual, losses + embeddings)
 
 

@@ -114,8 +114,8 @@ class Backward(NamedTuple):
         sees: Sees,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Gradient of the queries so far (float32), and the contributions to those of a block of
-        keys and values: added up in float32, written into `dkv`, or in the place of the keys and
-        values themselves where that is None.
+        keys and values: added up in float32, and written into `dkv`, which may be the keys and
+        values themselves, `kv`.
 
         With the log-sum-exp over all keys the shares of a block follow from its scores alone (Dao
         et al., 2022), so the scores are computed again and each block is visited once.
@@ -145,7 +145,7 @@ def attention(x: Operands, sees: Sees) -> tuple[jax.Array, jax.Array]:
     """Attention to keys that are all here.
 
     Args:
-      x: see there.
+      x: the queries, keys and values of this device, and their info.
       sees: which query sees which key. Pairs of tiles in which none does are skipped.
 
     Returns:
@@ -168,9 +168,10 @@ def attention_gradient(
     x = not_hoisted(x)
     known = Backward.of(x, o_bsHK, lse_bHs, do_bsHK)
     queries_n, zero_n = jax.tree.map(tiles, x.queries), jnp.zeros_like(known.q_nbqGRK, jnp.float32)
-    # All keys and values are here, gathered for this: their gradients need no second room of that
-    # size.
-    dq_n, (dk_btGK, dv_btGK) = known.visit((x.k, x.v), zero_n, None, queries_n, x.keys, sees)
+    # All keys and values are here, gathered for this: their gradients take their place and need no
+    # second room of that size.
+    kv = x.k, x.v
+    dq_n, (dk_btGK, dv_btGK) = known.visit(kv, zero_n, kv, queries_n, x.keys, sees)
     return whole(dq_n, dim=1).reshape(x.q.shape).astype(x.q.dtype), dk_btGK, dv_btGK
 
 
@@ -187,18 +188,20 @@ def _sweep(
     by_query: Any,
     kv: Any,
     zero: Any,
-    results: Any,
+    room: Any,
     queries_n: Any,
     keys: Any,
     sees: Sees,
 ) -> tuple[Any, Any]:
-    """Updates `by_query[i]` with every pair of tiles in which a query sees a key; builds up from
-    `zero` the result of every tile of `kv`, and writes it into `results`, or into `kv` itself where
-    that is None.
+    """All pairs of tiles, one column of tiles of `kv` after the other.
 
-    Whether one does differs between devices, so nothing in `work` may communicate.
+    Updates `by_query[i]` with every pair in which a query sees a key, builds up from `zero` the
+    result of every tile of `kv`, and writes it into `room`. `kv` itself may be the room: a tile is
+    read before its result takes its place.
+
+    Whether a query sees a key differs between devices, so nothing in `work` may communicate.
     """
-    n, size = jax.tree.leaves(queries_n)[0].shape[0], tile_size(kv[0].shape[1])
+    size, in_place = tile_size(kv[0].shape[1]), room is kv
 
     def column(carry: tuple, j: jax.Array) -> tuple[tuple, None]:
         def cut(x: jax.Array) -> jax.Array:
@@ -207,22 +210,33 @@ def _sweep(
         def put(x: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), j * size, axis=1)
 
-        by_query, results_so_far = carry
-        kv_tile, keys_tile = jax.tree.map(cut, (results_so_far if results is None else kv, keys))
+        by_query, room = carry
+        kv_tile, keys_tile = jax.tree.map(cut, (room if in_place else kv, keys))
+        by_query, result = _column(work, by_query, kv_tile, zero, queries_n, keys_tile, sees)
+        return (by_query, jax.tree.map(put, room, result)), None
 
-        def pair(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
-            mask_bqk = sees(_at(queries_n, i), keys_tile)
-            old = _at(carry[0], i), carry[1]
-            new = jax.lax.cond(
-                jnp.any(mask_bqk), lambda: work(*old, i, kv_tile, mask_bqk), lambda: old
-            )
-            return (_put(carry[0], i, new[0]), new[1]), None
+    return jax.lax.scan(column, (by_query, room), jnp.arange(kv[0].shape[1] // size))[0]
 
-        (by_query, done), _ = jax.lax.scan(pair, (by_query, zero), jnp.arange(n))
-        return (by_query, jax.tree.map(put, results_so_far, done)), None
 
-    start = by_query, kv if results is None else results
-    return jax.lax.scan(column, start, jnp.arange(kv[0].shape[1] // size))[0]
+def _column(
+    work: Callable,
+    by_query: Any,
+    kv_tile: Any,
+    result: Any,
+    queries_n: Any,
+    keys_tile: Any,
+    sees: Sees,
+) -> tuple[Any, Any]:
+    """One tile of keys with every tile of queries; see `_sweep`."""
+
+    def pair(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        by_query, result = carry
+        mask_bqk, old = sees(_at(queries_n, i), keys_tile), (_at(by_query, i), result)
+        new = jax.lax.cond(jnp.any(mask_bqk), lambda: work(*old, i, kv_tile, mask_bqk), lambda: old)
+        return (_put(by_query, i, new[0]), new[1]), None
+
+    n = jax.tree.leaves(queries_n)[0].shape[0]
+    return jax.lax.scan(pair, (by_query, result), jnp.arange(n))[0]
 
 
 def _at(tree_n: Any, i: jax.Array) -> Any:
