@@ -11,7 +11,7 @@ from test_parity import check, first_batch, make_config, text  # noqa: F401  (a 
 
 from jaxpar import model, verify
 from jaxpar.config import MeshConfig
-from jaxpar.data.batches import place
+from jaxpar.data.batches import Batch, place
 from jaxpar.parallel.layers import Added
 from jaxpar.program import evaluate
 from jaxpar.sharding import all_manual, make_mesh
