@@ -96,8 +96,8 @@ def peak_memory(config: Config, mesh: MeshConfig) -> Peak:
         else 0
     )
     gradients = state["gradients"]
-    if train.microbatches == 1 and mesh.pipeline == 1:
-        gradients += entered  # in the dtype of the entered weights, before they are cast and summed
+    if entered and train.microbatches == 1 and mesh.pipeline == 1:
+        gradients = entered  # in the dtype of the entered weights; they are cast where reduced
     kept = sum(sizes[name] for name in config.memory.kept)
     if "attention" in config.memory.kept:
         kept += attention_residual_bytes(config, mesh)
