@@ -31,7 +31,7 @@ from jaxpar.checkpoint import Checkpointer, restore_state
 from jaxpar.compile import abstract_state
 from jaxpar.config import ConfigError, MeshConfig, configure
 from jaxpar.data.batches import Batch, abstract_batch, place
-from jaxpar.report.hlo import _computations
+from jaxpar.report.hlo import computations_of
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, loss_and_gradients, make_eval_step, make_train_step
 from jaxpar.tree import named_leaves
@@ -336,7 +336,7 @@ def test_training_goes_on_from_a_pipeline_on_other_meshes(tmp_path, capsys):
 
 def dot_flops(hlo: str) -> list[tuple[int, int]]:
     """(ticks, operations of matmuls in one) of every loop of the entry of a compiled module."""
-    computations, entry = _computations(hlo)
+    computations, entry = computations_of(hlo)
 
     def inside(name: str) -> int:
         found, sizes = 0, {}

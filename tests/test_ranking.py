@@ -122,14 +122,14 @@ def test_pipelines_are_tried_with_chunks_and_both_ways_to_gather():
 
 
 def test_gpipe_is_never_better():
-    """At the bubble of 1f1b it holds more and sends more; which is why it is not tried."""
+    """At the bubble of 1f1b it holds more and takes as long; which is why it is not tried."""
     mesh = MeshConfig(pipeline=4, fsdp=2)
     for count in (2, 4, 16, 64):
         run = bundled("llama3_8b", train=dict(batch_size=2 * count, microbatches=count))
         parallel = dataclasses.replace(run.parallel, schedule="gpipe")
         gpipe = dataclasses.replace(run, parallel=parallel)
         assert peak_memory(gpipe, mesh).total > peak_memory(run, mesh).total
-        assert step_time(gpipe, mesh, H100).total >= step_time(run, mesh, H100).total
+        assert step_time(gpipe, mesh, H100).total > 0.999 * step_time(run, mesh, H100).total
 
 
 def test_what_is_illegal():
