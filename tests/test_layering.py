@@ -115,7 +115,7 @@ TESTED_BY = {
     "__main__": "cli",
     "dimensions": "parameters",
     "model": "llama_torch",
-    "program": "pipeline",
+    "parallel/microbatches": "program",
     "validation": "config",
     "data/batches": "data",
     "data/corpus": "data",
