@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 the request is wrong (`ConfigError`); 12
 signal n.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,6 +35,7 @@ from jaxpar.config import (
     field_paths,
     value_of,
 )
+from jaxpar.estimate.memory import human
 from jaxpar.hints import ALIASES, meant_flag, nearest
 from jaxpar.validation import CHOICES, resolve, resolve_mesh, validate_mesh
 
@@ -42,11 +45,13 @@ if typing.TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A flag of one command, beyond those that all take. A `required` one has no default."""
+    """A flag of one command, beyond those that all take. A `required` one has no default; a number
+    is `least` or more."""
 
     default: str | int | float | None
     help: str
     required: bool = False
+    least: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,9 @@ def parse(
     """
     flags = {**options, **_RUN, **_LAUNCH}
     name, rest = _take_config(_arguments(argv, doc, flags, config=True))
+    if stray := next((arg for arg in rest if not arg.startswith("-")), None):
+        hint = f"; did you mean --config={stray}?" if name is None else ""
+        raise ConfigError(f"unexpected argument {stray!r}; flags are written --NAME=VALUE{hint}")
     _check_names(rest)
     values = _parse_flags(rest, flags, config_file.load(name))
     launch = _launch(values, options)
@@ -162,7 +170,19 @@ def _arguments(
     if "--version" in argv:
         print(f"jaxpar {__version__}")
         raise SystemExit(0)
-    return argv
+    return joined(argv)
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with every `--NAME VALUE` as `--NAME=VALUE`."""
+    result: list[str] = []
+    for arg in argv:
+        name = result[-1] if result else ""
+        if name.startswith("-") and "=" not in name and not arg.startswith("--"):
+            result[-1] = f"{name}={arg}"
+        else:
+            result.append(arg)
+    return result
 
 
 def _launch(values: flags.FlagValues, options: Mapping[str, Option]) -> Launch:
@@ -206,25 +226,39 @@ def _parse_flags(
         )
         raise ConfigError(f"unknown flag --{error.flagname}.{hint}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_explained(str(error))) from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --NAME=VALUE")
     for name, option in options.items():
-        value = values[name].value
-        if option.required and value in (None, ""):
+        value, given = values[name].value, values[name].present
+        if option.required and not (given and value != ""):
             raise ConfigError(f"--{name} is missing: {option.help}")
+        if given and value == "" and option.default is None:
+            raise ConfigError(f"--{name}= has no value; give one, or leave the flag out")
+        least = option.least
+        if isinstance(value, int | float) and given and least is not None and not value >= least:
+            raise ConfigError(f"--{name}={value} must be at least {least}")
         if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
             raise ConfigError(f"--{name}={value} does not fit into 64 bits; use at most {LARGEST}")
     return values
 
 
+def _explained(message: str) -> str:
+    """Python's complaint about the value of a flag, as a rule."""
+    rules = {"int()": "an int, a whole number", "to float": "a float, a number"}
+    for complaint, rule in rules.items():
+        if match := re.match(rf"flag (--\S+=.*): .*{re.escape(complaint)}", message, re.DOTALL):
+            return f"{match[1]} must be {rule}"
+    return message
+
+
 def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, which comes after `=` or a space, and the arguments without it."""
-    name, rest, arguments = None, [], iter(argv)
-    for arg in arguments:
-        flag, given, value = arg.partition("=")
+    """The value of `--config`, the last one, and the arguments without it."""
+    name, rest = None, []
+    for arg in argv:
+        flag, _, value = arg.partition("=")
         if flag in ("--config", "-config"):
-            name = value if given else next(arguments, None)
+            name = value
         else:
             rest.append(arg)
     return name, rest
@@ -303,16 +337,64 @@ def check_writable(workdir: Path) -> None:
         raise ConfigError(f"--workdir={workdir}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--workdir={workdir}: {existing} is not writable; give a folder that is")
+    try:  # what permissions do not tell: file systems that are read-only, names that are too long
+        with tempfile.TemporaryDirectory(dir=existing) as trial:
+            (Path(trial) / path.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={str(workdir)[:200]} can't be made ({error.strerror}); give another folder"
+        ) from error
 
 
 def check_output(flag: str, path: str | None) -> None:
     """Refuses a file that could not be written when the work is done."""
-    if path and (
-        Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK)
-    ):
+    if path and not _can_hold(Path(path).absolute()):
         raise ConfigError(
             f"--{flag}={path} can't be written; give a file in a folder that exists and is writable"
         )
+
+
+def _can_hold(path: Path) -> bool:
+    """Whether a file could be written at `path`; tried out beside it, for permissions alone do not
+    tell."""
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):  # noqa: PTH112
+        return False
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as trial:
+            (Path(trial) / path.name).touch()
+    except OSError:
+        return False
+    return True
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuses what the memory of this machine could not hold, where the system tells it.
+
+    Args:
+      needed: bytes of host memory.
+      what: the work, for the message.
+    """
+    free = _free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"{what} takes about {human(needed)} of memory, and this machine has {human(free)} "
+            "free; use a smaller --config.model.layers, --config.train.batch_size or "
+            "--config.data.sequence_length, or see what GPUs that are not here would hold by "
+            "python -m jaxpar.explain --hardware=h100"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes of host memory that a process can still have: of the system, or of its container."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [1024 * int(fields["MemAvailable"].split()[0])]
+    except (OSError, KeyError):  # not Linux
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or a limit of "max"
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free)
 
 
 def start(launch: Launch, config: Config, *, training: bool = True) -> "Mesh":

@@ -63,7 +63,7 @@ def find(name: str | None) -> Path:
       ConfigError: there is none, with the nearest.
     """
     if not name:
-        raise ConfigError(f"--config=FILE is missing.{_known('tiny')}")
+        raise ConfigError(f"--config=FILE is missing; known by name: {', '.join(bundled())}")
     path = Path(name)
     # os.path: Path.is_file raises where a name is too long or a folder may not be looked into.
     if os.path.isfile(path):  # noqa: PTH113

@@ -23,6 +23,7 @@ from rich.text import Text
 from jaxpar import cli
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.estimate import remedy
+from jaxpar.estimate.counts import parameter_count
 from jaxpar.estimate.hardware import NAMES, find, of_kind
 from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
 from jaxpar.estimate.ranking import Pins
@@ -119,6 +120,13 @@ def compile_remedies(
             }
         )
     return [row for row in tried if row["fits"]]
+
+
+def check_simulated(config: Config, mesh: MeshConfig) -> None:
+    """Refuses a step that simulated devices, which share this machine's memory, could not run."""
+    needed = mesh.devices * peak_memory(config, mesh).total
+    parameters = f"{parameter_count(config.model):,} parameters"
+    cli.check_memory(needed, f"a step of {parameters} on {mesh.devices} simulated devices")
 
 
 def print_report(report: Mapping[str, Any], rows: int, console: Console | None = None) -> None:
@@ -248,8 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         topology=cli.Option(
             None, "NVLink domains x hosts in each x GPUs in each, as 8x1x8 (default: from the mesh)"
         ),
-        timeout=cli.Option(600.0, "seconds that one compilation may take"),
-        rows=cli.Option(12, "rows of each table"),
+        timeout=cli.Option(600.0, "seconds that one compilation may take", least=0),
+        rows=cli.Option(12, "rows of each table", least=1),
         json=cli.Option(
             None, "write the account as JSON to this file; - is standard output, and nothing else"
         ),
@@ -262,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
     target = find_target(request)
     if target.devices:
         validate_mesh(request.config, resolve_mesh(request.mesh, target.devices))
+    if target.cpu_devices:
+        check_simulated(request.config, resolve_mesh(request.mesh, target.cpu_devices))
     try:
         report = explain(request.config, request, target, request.options["timeout"])
     except CompileFailed as error:

@@ -319,11 +319,11 @@ def main(argv: list[str] | None = None) -> int:
             required=True,
         ),
         devices=cli.Option(0, "how many GPUs", required=True),
-        top=cli.Option(8, "meshes to show"),
+        top=cli.Option(8, "meshes to show", least=1),
         verify_top=cli.Option(
             0, "compile so many of the best, and show compiled memory in place of predictions"
         ),
-        timeout=cli.Option(600.0, "seconds that one compilation may take"),
+        timeout=cli.Option(600.0, "seconds that one compilation may take", least=0),
         json=cli.Option(
             None, "write all meshes as JSON to this file; - is standard output, and nothing else"
         ),

@@ -46,6 +46,10 @@ SHARD_CHARACTERS = 1 << 25
 GPT-2 tokens."""
 
 
+OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoints")
+"""What `jaxpar.train` writes into its workdir."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Consecutive documents, which become one training shard and, where some are held out, one
@@ -159,21 +163,27 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     from jaxpar import cli
 
-    argv = sys.argv[1:] if argv is None else argv
     request = cli.parse(
-        argv, __doc__ or "", workers=cli.Option(0, "processes (default: one a core)")
+        argv, __doc__ or "", workers=cli.Option(0, "processes; 0: one a core", least=0)
     )
-    manifest = prepare(request.config, request.workdir, workers=request.options["workers"] or None)
+    workdir, workers = request.workdir, request.options["workers"]
+    cli.check_writable(workdir)
+    if used := [name for name in OF_A_RUN if (workdir / name).exists()]:
+        raise ConfigError(
+            f"--workdir={workdir} is that of a run (it holds {', '.join(used)}); shards need a "
+            "folder of their own, give another"
+        )
+    manifest = prepare(request.config, workdir, workers=workers or None)
     for split in ("train", "validation"):
         shards = [shard for shard in manifest["shards"] if shard["split"] == split]
         print(
             f"{split:<10} {sum(shard['tokens'] for shard in shards):>15,} tokens in {len(shards)} "
             "shards"
         )
-    given = next((arg for arg in argv if arg.startswith("--config=")), "--config=FILE")
     tokenizer = f"--config.data.tokenizer={manifest['tokenizer']}"
     print(
-        f"next: python -m jaxpar.train {given} --config.data.source={request.workdir} {tokenizer}"
+        f"next: python -m jaxpar.train --config={request.source} --config.data.source={workdir} "
+        f"{tokenizer}"
     )
     return 0
 

@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        arguments = sys.argv[1:] if argv is None else argv
+        arguments = cli.joined(sys.argv[1:] if argv is None else argv)
         sizes, pins = MeshConfig(*mesh.devices.shape), Pins(request.mesh, request.named)
         answer = out_of_memory(config, sizes, mesh.local_devices[0], arguments, pins)
         print(f"error: {answer}\n{str(error).splitlines()[0]}", file=sys.stderr)

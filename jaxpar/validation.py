@@ -59,6 +59,8 @@ _NOT_NEGATIVE = (
     "checkpoint.keep_best"
 ).split()
 
+_NOT_EMPTY = "data.source data.tokenizer data.text_field compile.cache checkpoint.restore".split()
+
 
 def resolve(raw: config_dict.ConfigDict) -> Config:
     """Turns a ConfigDict into a frozen `Config` and holds it against every rule that needs no mesh.
@@ -102,6 +104,9 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 f"{path}={value!r} is not one of {', '.join(choices)}.{nearest(value, choices)}"
             )
+    for path in _NOT_EMPTY:
+        if not value_of(config, path).strip():
+            raise ConfigError(f"{path} is empty (default: {value_of(Config(), path)})")
     _known_names("memory.remat", config.memory.remat, ACTIVATIONS, *REMAT)
     _known_names("memory.offload", config.memory.offload, (*ACTIVATIONS, "optimizer"), "")
     for path in _POSITIVE:

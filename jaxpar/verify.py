@@ -25,6 +25,8 @@ from jaxpar import cli, program
 from jaxpar.config import Config, ConfigError, MemoryConfig, MeshConfig, ParallelConfig
 from jaxpar.data.batches import Batch, load_batch, place
 from jaxpar.data.corpus import open_corpus
+from jaxpar.estimate import counts
+from jaxpar.estimate.memory import peak_memory
 from jaxpar.sharding import make_mesh
 from jaxpar.step import init_state, loss_and_gradients
 from jaxpar.tree import named_leaves
@@ -136,6 +138,33 @@ def to_json(report: Any, indent: int | None = None) -> str:
     return json.dumps(finite(report), indent=indent, allow_nan=False)
 
 
+def check_request(config: Config, mesh: Mesh) -> None:
+    """Refuses what compares nothing, and what the machine cannot hold, before an array is made.
+
+    Raises:
+      ConfigError: what to ask for instead.
+    """
+    sizes, plain = MeshConfig(*mesh.devices.shape), reference_config(config)
+    if mesh.size == 1 and (config.train, config.memory) == (plain.train, plain.memory):
+        raise ConfigError(
+            "the mesh is one device, so there is nothing to compare; give it axes, on devices that "
+            "you have or simulate: --cpu_devices=8 --mesh.fsdp=4 --mesh.tensor=2"
+        )
+    host = 2 * 8 * counts.parameter_count(config.model)  # both gradients, in float64
+    if mesh.devices.flat[0].platform == "cpu":
+        host += max(
+            _gradient_bytes(plain, MeshConfig()), mesh.size * _gradient_bytes(config, sizes)
+        )
+    parameters = f"{counts.parameter_count(config.model):,} parameters"
+    cli.check_memory(host, f"verify of {parameters} in float32 on {sizes}")
+
+
+def _gradient_bytes(config: Config, mesh: MeshConfig) -> int:
+    """Of a device that computes a gradient and has no optimizer."""
+    peak = peak_memory(config, mesh)
+    return peak.total - peak.optimizer
+
+
 def main(argv: list[str] | None = None) -> int:
     request = cli.parse(
         argv,
@@ -161,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             "verify compares with one device of the same process; run it in one, for example with "
             "--cpu_devices"
         )
+    check_request(config, mesh)
     batch = load_batch(config, corpus.train)
     reference = run_batch(
         reference_config(config), make_mesh(MeshConfig(), jax.devices()[:1]), batch

@@ -2,16 +2,18 @@
 there is."""
 
 import os
+import signal
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpar import __main__, cli, generate, prepare, train, verify
+from jaxpar import __main__, cli, explain, generate, plan, prepare, train, verify
 from jaxpar.checkpoint import Checkpointer
 from jaxpar.config import field_paths
 from jaxpar.validation import CHOICES
@@ -100,7 +102,10 @@ def has(message: str, *words: str) -> None:
         (("--mesh.fsdp=0",), ("mesh.fsdp=0", "at least 1", "-1")),
         (("--mesh.fsdp=-2",), ("mesh.fsdp=-2", "at least 1", "-1")),
         (("--mesh.tensro=2",), ("'tensro'", "Did you mean tensor?")),
-        (("--mesh.fsdp=two",), ("--mesh.fsdp=two", "int")),
+        (("--mesh.fsdp=two",), ("--mesh.fsdp=two must be an int",)),
+        (("--mesh.fsdp=2.5",), ("--mesh.fsdp=2.5 must be an int",)),
+        (("--mesh.fsdp=",), ("--mesh.fsdp= must be an int",)),
+        (("--mesh.tp=2",), ("'tp'", "Did you mean --mesh.tensor?")),
         (("--mesh.=2",), ("mesh axis", "fsdp")),
         (
             (EIGHT, "--mesh.pipeline=2"),
@@ -298,6 +303,13 @@ def test_choices_are_listed(refused, path):
         (("--wrokdir=x",), ("--wrokdir", "Did you mean --workdir?")),
         (("--frobnicate",), ("--frobnicate", "Known: --workdir, --cpu_devices")),
         (("train",), ("'train'", "--NAME=VALUE")),
+        (("--workdir=",), ("--workdir= has no value",)),
+        (("--config.data.source=",), ("data.source is empty", "stories")),
+        (("--config.data.tokenizer= ",), ("data.tokenizer is empty", "gpt2")),
+        (("--config.mesh.fsdp=2",), ("'mesh.fsdp'", "--mesh.fsdp=N")),
+        (("--lr=1",), ("--lr", "Did you mean --config.optimizer.learning_rate?")),
+        (("--config.model.layers", "3", "--mesh.pipeline", "2"), ("layers=3", "pipeline=2")),
+        (("--config.optimizer.learning_rate=",), ("learning_rate= must be a float",)),
         (("--config.optimizer.name=adam",), ("'adam'", "adamw, lion", "Did you mean adamw?")),
         (
             ("--config.optimizer.min_learning_rate=1",),
@@ -467,6 +479,34 @@ def test_restore(refused, used):
     )
 
 
+@pytest.mark.parametrize("workdir", ["/proc/run", "x" * 300, "run/" + "x" * 300])
+@pytest.mark.parametrize("main", [train.main, prepare.main])
+def test_a_workdir_that_the_file_system_refuses(refused, main, workdir):
+    has(refused(f"--workdir={workdir}", main=main), f"--workdir={workdir[:200]}", "can't be made")
+
+
+def test_prepare_keeps_out_of_a_run(refused):
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{}")
+    has(refused("--workdir=run", main=prepare.main), "--workdir=run", "of a run", "config.json")
+    has(refused("--workdir=new", "--workers=-1", main=prepare.main), "--workers=-1", "at least 0")
+
+
+def test_what_does_not_fit_into_this_machine_is_not_begun(refused, monkeypatch):
+    monkeypatch.setattr(cli, "_free_memory", lambda: 1000)
+    words = "parameters", "of memory", "0.00 MiB free", "--config.model.layers", "--hardware=h100"
+    has(refused("--mesh.fsdp=8", main=verify.main), *words)
+    has(refused(EIGHT, "--mesh.fsdp=8", main=explain.main), *words)
+    monkeypatch.setattr(cli, "_free_memory", lambda: None)
+    cli.check_memory(2**60, "a system that does not tell")
+
+
+def test_verify_of_one_device_compares_nothing(refused, monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    has(refused(main=verify.main), "nothing to compare", "--cpu_devices=8 --mesh.fsdp=4")
+
+
 @pytest.mark.parametrize("main", [verify.main, prepare.main])
 def test_other_commands_refuse_alike(refused, main):
     has(refused("--config.model.dimm=3", main=main), "Did you mean model.dim?")
@@ -566,6 +606,29 @@ def test_processes():
         "--seed",
     )
     assert "--config" not in helps["generate"]
+
+
+def test_numbers_of_other_commands(refused):
+    gpus = ("--hardware=h100", "--devices=8")
+    has(refused("--hardware=h100", main=plan.main), "--devices is missing")
+    has(refused(*gpus, "--top=-1", main=plan.main), "--top=-1 must be at least 1")
+    has(refused(*gpus, "--html=/proc/x", main=plan.main), "--html=/proc/x can't be written")
+    has(refused("--rows=0", main=explain.main), "--rows=0 must be at least 1")
+    has(refused("--timeout=nan", main=explain.main), "--timeout=nan must be at least 0")
+    has(refused("tiny", main=train.main, config=None), "'tiny'", "did you mean --config=tiny?")
+
+
+def test_version_and_a_reader_that_goes_away():
+    for command in (("-m", "jaxpar"), ("-m", "jaxpar.train")):
+        out, err = python(*command, "--version").communicate()
+        assert (out.split()[0], err) == ("jaxpar", "")
+    command = [sys.executable, "-m", "jaxpar.plan", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_the_console_script_passes_on(refused, capsys):
