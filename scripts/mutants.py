@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from arguments import ROOT, parser
 
 _PATH = re.compile(r"path|folder|directory|\bfile\b", re.IGNORECASE)
@@ -235,6 +236,8 @@ def run_tests(copy: Path, files: list[str], timeout: float, *flags: str) -> tupl
         os.killpg(process.pid, signal.SIGKILL)  # tests start processes of their own
         process.communicate()
         return False, f"stopped after {timeout:.0f} s"
+    if process.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"{' '.join(command)}: {said}")
     told = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
     return process.returncode == 0, (told or said.splitlines() or [""])[-1]
 

@@ -125,7 +125,6 @@ TESTED_BY = {
     "parallel/by_layer": "optimizer",
     "parallel/layers": "parity",
     "parallel/reduce": "loss",
-    "report/account": "explain",
     "report/gantt": "timetable",
     "report/page": "explain",
 }

@@ -36,7 +36,8 @@ MESHES = """
     data=3,tensor=2  data=2,tensor=3  fsdp=3,tensor=2  data=2,sequence=3  pipeline=3,data=2
     data=8  fsdp=4,tensor=2  fsdp=2,sequence=2,tensor=2  pipeline=2,data=2,tensor=2
     data=3,fsdp=3  data=5,tensor=2
-    data=3,tensor=4  data=2,fsdp=3,tensor=2  pipeline=2,fsdp=3,sequence=2  pipeline=3,data=2,tensor=2
+    data=3,tensor=4  data=2,fsdp=3,tensor=2  pipeline=2,fsdp=3,sequence=2
+    pipeline=3,data=2,tensor=2
 """.split()
 
 STRESS = """
