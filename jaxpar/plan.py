@@ -160,7 +160,8 @@ def _memory(peak: Peak) -> dict[str, int]:
 def verify(
     ranked: Sequence[Candidate], hardware: Hardware, top: int, timeout: float
 ) -> tuple[list[Candidate], dict[MeshConfig, dict[str, Any]]]:
-    """Compiles the best until the first `top` are compiled, at most twice as many.
+    """Compiles the best until the first `top` are compiled: those that turn out slower make room for
+    others, four at most.
 
     Returns:
       The candidates with compiled peaks in place of predicted ones, and waiting for collectives
@@ -169,7 +170,7 @@ def verify(
     ranked = list(ranked)
     target = Target(hardware, hardware.topology(ranked[0].mesh.devices))
     told: dict[MeshConfig, dict[str, Any]] = {}
-    for _ in range(2 * top):
+    for _ in range(top + 4):
         todo = next((n for n, found in enumerate(ranked[:top]) if found.mesh not in told), None)
         if todo is None:
             break

@@ -379,7 +379,8 @@ because the compiled text does not say which.
 The global batch is that of the config (1024 sequences of 8192 tokens). MFU counts causal attention
 once. Times rest on shares of peaks that were not measured with jaxpar
 (`jaxpar/estimate/hardware.py` lists them), and on the assumption that traffic which nothing waits
-for runs beside the matmuls: they rank meshes, and are upper bounds rather than promises.
+for runs beside the matmuls where the peak leaves XLA's scheduler room for it: they rank meshes, and
+are upper bounds rather than promises.
 `scripts/calibrate.py` measures those shares on a machine and writes them as a hardware file, which
 `--hardware` takes; there was no GPU to run it on, only a CPU, where it was tried.
 Mixture-of-experts models (Mixtral) are not built yet, so there is no row for one.

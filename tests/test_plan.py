@@ -131,7 +131,7 @@ def test_verified_figures_replace_predicted_ones(compiler):
     sent = [row("fsdp", 5, 1.0), row("fsdp", 6, 3.0, asynchronous=False), row("data+fsdp", 7, 1.0)]
     answers += [(90 * 2**30, []), (50 * 2**30, sent)] + 2 * [(40 * 2**30, [])]
     found, told = plan.verify(ranked, H100, 2, 60)
-    # The first did not fit and the second waits, so two more were compiled.
+    # The first does not fit and the second waits, so two more were compiled.
     assert [mesh for _, mesh in asked] == [c.mesh for c in ranked[:4]]
     assert found == sorted(found, key=ranking.order)
     first, second, third = (next(c for c in found if c.mesh == r.mesh) for r in ranked[:3])

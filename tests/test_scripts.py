@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxpar.estimate import hardware
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
     path.name for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()
@@ -134,3 +136,16 @@ def test_the_sample_of_mutants_is_spread_and_stays(monkeypatch):
     assert {mutant.module for mutant in chosen} == set(TESTS)
     assert all(tests_of(module) for module in TESTS), "every module has a test file"
     assert {mutant.module for mutant in sample(5, 0, "optim")} == {"optimizer"}
+
+
+@pytest.mark.slow
+def test_what_calibrate_writes_is_hardware(tmp_path):
+    """Its one peak is that of the dtype it measured, its attention that of runs here."""
+    file = tmp_path / "here.toml"
+    sizes = ["--rows=128", "--length=64", "--heads=4", "--kv_heads=2", "--head_dim=16", "--mib=1"]
+    flags = [*sizes, "--document=16", "--repeats=1", "--dtype=float32", f"--output={file}"]
+    command = [sys.executable, str(ROOT / "scripts" / "calibrate.py"), *flags]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "attention by XLA: it needs NVIDIA GPUs" in said and "documents of 16 tokens" in said
+    found = hardware.find(str(file))
+    assert list(found.peaks) == ["float32"] and found.rates.measured.startswith("20")

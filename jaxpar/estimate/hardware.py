@@ -129,8 +129,8 @@ class Hardware:
             near = f"{below} or {below + whole}" if below else str(whole)
             raise ConfigError(
                 f"{devices} devices do not fill whole hosts of {self.host} and domains of "
-                f"{self.domain} {self.name}; use {near} devices, or give "
-                "--topology=DOMAINSxHOSTSxGPUS"
+                f"{self.domain} {self.name}; use {near} devices (explain takes other "
+                "topologies as --topology=DOMAINSxHOSTSxGPUS)"
             )
         return f"{devices // domain}x{domain // host}x{host}"
 
