@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_a_bundled_config_goes_by_its_name(folder):
     Path("tiny").write_text("def get_config():\n    return None\n")
     with pytest.raises(ConfigError, match="get_config"):  # a file of that name comes first
         config_file.load("tiny")
+
+
+def test_bundled_configs_are_in_the_package():
+    root = Path(__file__).parents[1]
+    assert config_file.BUNDLED.resolve() == root / "configs"
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "configs/*.py" in packaged["package-data"]["jaxpar"]
 
 
 def test_a_path_that_is_only_in_a_checkout_leads_to_the_bundled_config(folder):
