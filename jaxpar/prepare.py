@@ -27,8 +27,14 @@ import numpy as np
 
 from jaxpar.config import Config, ConfigError, DataConfig
 from jaxpar.data.corpus import fitting_tokenizer, held_out, in_order, tail, validation_files
-from jaxpar.data.shards import MANIFEST, read_manifest
-from jaxpar.data.sources import Source, batched, documents, find_source
+from jaxpar.data.sources import (
+    MANIFEST,
+    Source,
+    batched,
+    documents,
+    find_source,
+    read_manifest,
+)
 from jaxpar.data.tokenizer import (
     Tokenizer,
     encode_documents,

@@ -1,6 +1,7 @@
 """Data: batches as a function of (seed, step), splits, sources, and refusals."""
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxpar.data.batches import (
     place,
     zigzag_tokens,
 )
-from jaxpar.data.corpus import Corpus, held_out, open_corpus, unigram_entropy
+from jaxpar.data.corpus import Corpus, held_out, marks, open_corpus, unigram_entropy
 from jaxpar.data.shards import Stream
 from jaxpar.data.windows import Windows
 from jaxpar.sharding import make_mesh
@@ -329,6 +330,42 @@ def test_dtype_from_manifest(tmp_path: Path) -> None:
     assert data.train[0].targets.tolist() == [1, 2, 3, 4] and data.validation[
         1
     ].tokens.tolist() == [4, 5, 6, 7]
+
+
+def test_what_is_for_validation_in_a_folder(tmp_path: Path) -> None:
+    """A word of the name says it, or the manifest."""
+    names = "carnival interval value_1 train_000 val fineweb_val_0 Valid-2 x.validation.7".split()
+    for number, name in enumerate(names):
+        np.full(8, number, np.uint16).tofile(tmp_path / f"{name}.bin")
+    held = {file.stem for file in sources.find_source(str(tmp_path)).validation}
+    assert held == {"val", "fineweb_val_0", "Valid-2", "x.validation.7"}
+    shards = [{"file": "val.bin", "split": "train"}, {"file": "value_1.bin", "split": "validation"}]
+    write(tmp_path / "manifest.json", json.dumps({"shards": shards}))
+    held = {file.stem for file in sources.find_source(str(tmp_path)).validation}
+    assert held == {"value_1", "fineweb_val_0", "Valid-2", "x.validation.7"}
+
+
+def test_marks_of_a_corpus(tmp_path: Path) -> None:
+    """Content, and the type in which ids are read, whether a field, a header or a manifest says
+    it."""
+    shard, other = tmp_path / "a.bin", tmp_path / "b.bin"
+    np.arange(8, dtype=np.uint16).tofile(shard)
+    shutil.copy(shard, other)
+
+    def of(source: object, **changes: object) -> dict[str, str | None]:
+        return marks(replace(BYTES, source=str(source), **changes))
+
+    plain = of(shard)
+    assert plain == of(other) == of(shard, shard_dtype="uint16")
+    assert of(shard, shard_dtype="uint32") == plain | {"data.shard_dtype": "uint32"}
+    write(tmp_path / "manifest.json", '{"dtype": "uint32"}')
+    assert of(shard)["data.shard_dtype"] == of(shard, shard_dtype="uint16")["data.shard_dtype"]
+    text = write(tmp_path / "a.txt", "one")
+    first = of(text)
+    assert first == of(text, shard_dtype="uint32")
+    write(text, "two")
+    assert of(text)["data.source"] != first["data.source"]
+    assert of("synthetic") == {}
 
 
 def test_shards_stay_on_disk(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from jaxpar import prepare as prepare_module
 from jaxpar.config import Config, ConfigError, DataConfig, ModelConfig
+from jaxpar.data import shards
 from jaxpar.data.corpus import open_corpus
 from jaxpar.prepare import prepare
 
@@ -233,3 +234,36 @@ def test_a_shard_cut_short_is_refused(config: Config, tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ConfigError, match=r"its manifest.json says"):
         open_corpus(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)
+
+
+def test_a_damaged_shard_is_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard is held against its sha256 once, and again when it has changed; a large corpus
+    over several starts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare(config, tmp_path / "out", workers=1, shard_characters=60)
+    read: list[str] = []
+    digest = shards._sha256
+    monkeypatch.setattr(shards, "_sha256", lambda file: read.append(file.name) or digest(file))
+
+    def start() -> list[str]:
+        read.clear()
+        open_corpus(replace(config.data, source=str(tmp_path / "out")), vocab_size=257, seed=0)
+        return sorted(read)
+
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.bin"))
+    monkeypatch.setattr(shards, "CHECKED_BYTES", 1)
+    assert len(start()) == 2 and len(start()) == 2  # one of each split
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "_sha256", lambda file: read.append(file.name) or digest(file))
+    assert len(start()) == len(names) - 4
+    assert start() == []
+    shard = tmp_path / "out" / names[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content)
+    assert start() == [names[0]]
+    shard.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(ConfigError, match=rf"{names[0]} has another sha256 .*copy it again"):
+        start()

@@ -130,7 +130,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
 def test_sentencepiece_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "x.model").write_bytes(b"?")
-    with pytest.raises(ConfigError, match="pip install sentencepiece"):
+    with pytest.raises(ConfigError, match=r"pip install 'jaxpar\[sentencepiece\]'"):
         load_tokenizer(str(tmp_path / "x.model"))
 
 

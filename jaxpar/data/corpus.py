@@ -17,9 +17,9 @@ from typing import TypeVar
 import numpy as np
 
 from jaxpar.config import ConfigError, DataConfig
-from jaxpar.data.shards import Stream, legal_sizes, open_shards
-from jaxpar.data.sources import Source, batched, documents, find_source
-from jaxpar.data.tokenizer import Tokenizer, encode_documents, load_tokenizer
+from jaxpar.data.shards import Stream, legal_sizes, open_shards, read_as
+from jaxpar.data.sources import Source, batched, content_mark, documents, find_source
+from jaxpar.data.tokenizer import Tokenizer, encode_documents, load_tokenizer, tokenizer_mark
 from jaxpar.data.windows import SyntheticWindows, Windows
 
 LARGE_TEXT = 16_000_000
@@ -93,6 +93,25 @@ def open_corpus(config: DataConfig, *, vocab_size: int, seed: int) -> Corpus:
         tokens=sum(len(stream) for stream in streams),
         documents=None if None in counts else sum(count for count in counts if count),
     )
+
+
+def marks(config: DataConfig) -> dict[str, str | None]:
+    """What the fields that name files stand for, by which it is known again where they have moved,
+    and where another content lies in their place. None for what goes by a name.
+
+    Raises:
+      ConfigError: as `open_corpus`, for what is not there.
+    """
+    if config.source == "synthetic":
+        return {}
+    source = find_source(config.source)
+    shards = read_as(source.files, config.shard_dtype) if source.shards else "text"
+    return {
+        "data.source": content_mark(config.source),
+        "data.validation_source": content_mark(config.validation_source, "data.validation_source"),
+        "data.shard_dtype": shards,
+        "data.tokenizer": tokenizer_mark(config.tokenizer),
+    }
 
 
 def unigram_entropy(stream: Stream) -> float:

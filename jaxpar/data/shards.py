@@ -5,24 +5,31 @@ Three layouts are read: raw uint16 or uint32 (nanoGPT, and what `jaxpar.prepare`
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxpar.config import ConfigError
-from jaxpar.data.sources import MANIFEST
+from jaxpar.data.sources import MANIFEST, cache, read_manifest
 from jaxpar.data.tokenizer import Tokenizer, fingerprint
 
 HEADER_BYTES = 256 * 4
 LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 """Magic number of llm.c -> version, dtype."""
+
+CHECKED_BYTES = 4 << 30
+"""Bytes of shards whose sha256 is checked when a stream is opened."""
 
 SCAN_TOKENS = 100_000_000
 """Ids looked at when a stream without a manifest is opened; the rest is checked window by
@@ -110,13 +117,13 @@ def open_shards(
       dtype: of raw files without a manifest: `uint16`, `uint32`, or `auto` (uint16).
 
     Raises:
-      ConfigError: a shard that is cut short, of an unknown version, made with another tokenizer, or
-        with ids beyond `vocab_size`; a folder that `jaxpar.prepare` has not finished.
+      ConfigError: a shard that is cut short, damaged, of an unknown version, made with another
+        tokenizer, or with ids beyond `vocab_size`; a folder that `jaxpar.prepare` has not finished.
     """
     manifests = {folder: read_manifest(folder) for folder in {file.parent for file in files}}
     for folder, manifest in manifests.items():
         _check_manifest(folder, manifest, tokenizer)
-    shards, documents = [], []
+    shards, documents, digests = [], [], {}
     budget = SCAN_TOKENS // len(files)
     for file in files:
         manifest = manifests[file.parent]
@@ -131,27 +138,69 @@ def open_shards(
                 "python -m jaxpar.prepare again to another folder"
             )
         shards.append(shard)
+        digests |= {file: record["sha256"]} if "sha256" in record else {}
         documents.append(record.get("documents"))
         largest = record.get("max_id", None)
         if largest is None:
             largest = max((int(chunk.max()) for chunk in Stream([shard]).chunks(budget)), default=0)
         check_ids(largest, vocab_size, str(file))
+    check_content(digests)
     return Stream(shards, documents=None if None in documents else sum(documents))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `jaxpar.prepare` wrote about the shards of a folder; empty where it did not write
-    them."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
+def read_as(files: Sequence[Path], dtype: str) -> str:
+    """The types in which `open_shards` reads the ids of these files: `uint16`, `uint32`, or
+    both."""
+    manifests = {folder: read_manifest(folder) for folder in {file.parent for file in files}}
+    return ", ".join(
+        sorted({_layout(file, manifests[file.parent].get("dtype", dtype))[0] for file in files})
+    )
+
+
+def check_content(digests: Mapping[Path, str]) -> None:
+    """Holds shards against the sha256 that `jaxpar.prepare` wrote of them.
+
+    A machine reads a shard for this once: its size and time of change are remembered in the cache.
+    Of a large corpus that it has not seen, every start checks the next 4 GiB, which takes seconds:
+    a start should not wait for terabytes.
+
+    Raises:
+      ConfigError: a shard has another content.
+    """
+    memory = cache() / "checked_shards.json"
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is not JSON: {error}; delete it to read the shards as raw ids"
-        ) from error
-    return manifest if isinstance(manifest, dict) else {}
+        checked = json.loads(memory.read_text())
+    except (OSError, ValueError):  # none yet, or cut short: checks again
+        checked = {}
+    states, todo, budget = {}, [], CHECKED_BYTES
+    for file, digest in digests.items():
+        status = file.stat()
+        states[str(file.resolve())] = state = [status.st_size, status.st_mtime_ns, digest]
+        if checked.get(str(file.resolve())) != state and budget > 0:
+            todo.append(file)
+            budget -= status.st_size
+    if not todo:
+        return
+    with ThreadPoolExecutor(8) as pool:
+        for file, digest in zip(todo, pool.map(_sha256, todo), strict=True):
+            if digest != digests[file]:
+                raise ConfigError(
+                    f"{file} has another sha256 than its {MANIFEST} says: it is damaged, or was "
+                    "replaced; copy it again, or run python -m jaxpar.prepare to a new folder"
+                )
+            checked[str(file.resolve())] = states[str(file.resolve())]
+    there = {name: state for name, state in checked.items() if Path(name).exists()}
+    # A cache that can't be written costs no more than to check again.
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_name(f"{memory.name}.{os.getpid()}")
+        partial.write_text(json.dumps(there))
+        partial.replace(memory)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def check_ids(largest: int, vocab_size: int, where: str) -> None:
@@ -191,10 +240,9 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer
         )
 
 
-def _open_shard(file: Path, dtype: str) -> Shard:
-    status = file.stat()
-    size, offset, announced = status.st_size, 0, None
-    if size >= HEADER_BYTES:
+def _layout(file: Path, dtype: str) -> tuple[str, int, int | None]:
+    """Type of the ids, offset in bytes of the first, and their number where a header tells it."""
+    if file.stat().st_size >= HEADER_BYTES:
         magic, version, tokens = (int(word) for word in np.fromfile(file, "<i4", count=3))
         if magic in LLMC:
             known, dtype = LLMC[magic]
@@ -203,8 +251,14 @@ def _open_shard(file: Path, dtype: str) -> Shard:
                     f"{file}: llm.c magic {magic} with version {version}; only version {known} is "
                     "known"
                 )
-            offset, announced = HEADER_BYTES, tokens
-    dtype = "uint16" if dtype == "auto" else dtype
+            return dtype, HEADER_BYTES, tokens
+    return "uint16" if dtype == "auto" else dtype, 0, None
+
+
+def _open_shard(file: Path, dtype: str) -> Shard:
+    status = file.stat()
+    size = status.st_size
+    dtype, offset, announced = _layout(file, dtype)
     length, rest = divmod(size - offset, np.dtype(dtype).itemsize)
     if rest or (announced is not None and announced != length):
         says = (

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxpar.config import ConfigError
 
@@ -68,12 +70,19 @@ def find_source(source: str, field: str = "data.source") -> Source:
                 f"{field}='{source.rstrip('/')}/*.txt', or make shards with python -m "
                 "jaxpar.prepare"
             )
-        held = tuple(file for file in files if "val" in file.stem)
+        splits = {
+            shard.get("file"): shard.get("split") for shard in read_manifest(path).get("shards", ())
+        }
+        held = tuple(
+            file
+            for file in files
+            if splits.get(file.name) == "validation"
+            or (file.name not in splits and _names_validation(file))
+        )
         found = Source(source, tuple(file for file in files if file not in held), held)
         if not found.files:
             raise ConfigError(
-                f"{field}={source!r} holds only validation shards (*val*.bin); add training shards "
-                "to it"
+                f"{field}={source!r} holds only validation shards; add training shards to it"
             )
     elif path.exists() or not any(wildcard in source for wildcard in "*?["):
         found = Source(source, (path,))
@@ -91,6 +100,27 @@ def find_source(source: str, field: str = "data.source") -> Source:
             f"{field}={source!r} mixes text and token shards; name one kind, such as '*.bin'"
         )
     return found
+
+
+def _names_validation(file: Path) -> bool:
+    """Whether one of the words in a file's name says so: `val_000.bin` does, `carnival.bin` does
+    not."""
+    return bool({"val", "valid", "validation"} & set(re.split("[^a-z]+", file.stem.lower())))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `jaxpar.prepare` wrote about the shards of a folder; empty where it did not write
+    them."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not JSON: {error}; delete it to read the shards as raw ids"
+        ) from error
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def content_mark(source: str, field: str = "data.source") -> str | None:

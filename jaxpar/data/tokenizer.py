@@ -9,13 +9,19 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from jaxpar.config import ConfigError
 
-KNOWN = "gpt2, bytes, a path to a Hugging Face tokenizer.json (or its folder), or a path to a SentencePiece .model"
+KNOWN = (
+    "gpt2, bytes, a path to a Hugging Face tokenizer.json (or its folder), or a path to a "
+    "SentencePiece .model"
+)
+
+FILES = ("tokenizer.json", "tokenizer.model")
+"""Names of the file in the folder of a tokenizer."""
 
 GPT2_RANKS = Path(__file__).parents[1] / "assets" / "gpt2.tiktoken"
 GPT2_PATTERN = (
@@ -34,7 +40,10 @@ END_OF_TEXT = (
 """Names under which tokenizers of Hugging Face keep the id that ends a document, most specific
 first."""
 
-_PROBE = "Hello, world!  It's 1,234.5 naïve cafés — 你好, мир; 🙂\n\tdef f(x):\n  return x**2 # antidisestablishment "
+_PROBE = (
+    "Hello, world!  It's 1,234.5 naïve cafés — 你好, мир; 🙂\n\tdef f(x):\n  return x**2 "
+    "# antidisestablishment "
+)
 
 
 class Tokenizer(Protocol):
@@ -61,15 +70,23 @@ def load_tokenizer(name: str) -> Tokenizer:
       ConfigError: no such tokenizer, a broken file, a tokenizer without an id that ends a document,
         or a package that is not installed.
     """
-    if name == "gpt2":
-        return GPT2()
-    if name == "bytes":
-        return Bytes()
+    path = tokenizer_file(name)
+    if path is None:
+        return GPT2() if name == "gpt2" else Bytes()
+    return HuggingFace(path) if path.suffix == ".json" else SentencePiece(path)
+
+
+def tokenizer_file(name: str) -> Path | None:
+    """The file behind the tokenizer `name`; None for one that goes by its name.
+
+    Raises:
+      ConfigError: no such tokenizer, or a file of an unknown kind.
+    """
+    if name in ("gpt2", "bytes"):
+        return None
     path = Path(name).expanduser()
     if path.is_dir():
-        inside = [
-            path / file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()
-        ]
+        inside = [path / file for file in FILES if (path / file).is_file()]
         if not inside:
             raise ConfigError(
                 f"data.tokenizer={name!r} is a folder without tokenizer.json; use {KNOWN}"
@@ -79,13 +96,18 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise ConfigError(
             f"data.tokenizer={name!r} is neither a known tokenizer nor a file; use {KNOWN}"
         )
-    if path.suffix == ".json":
-        return HuggingFace(path)
-    if path.suffix == ".model":
-        return SentencePiece(path)
-    raise ConfigError(
-        f"data.tokenizer={name!r} has extension {path.suffix or '(none)'!r}; use {KNOWN}"
-    )
+    if path.suffix not in (".json", ".model"):
+        raise ConfigError(
+            f"data.tokenizer={name!r} has extension {path.suffix or '(none)'!r}; use {KNOWN}"
+        )
+    return path
+
+
+def tokenizer_mark(name: str) -> str | None:
+    """A sha256 of the file of a tokenizer, which tells it from others wherever it lies; None for
+    one that goes by its name."""
+    path = tokenizer_file(name)
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -155,7 +177,8 @@ class HuggingFace:
     """A `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        tokenizers = _require("tokenizers", f"data.tokenizer='{path}'")
+        import tokenizers
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
@@ -191,7 +214,13 @@ class SentencePiece:
     """A SentencePiece `.model`."""
 
     def __init__(self, path: Path) -> None:
-        sentencepiece = _require("sentencepiece", f"data.tokenizer='{path}'")
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ConfigError(
+                f"data.tokenizer='{path}' needs sentencepiece, which is not installed: "
+                "pip install 'jaxpar[sentencepiece]'"
+            ) from error
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # the C++ side raises RuntimeError, OSError or TypeError
@@ -226,12 +255,3 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _require(package: str, what: str) -> Any:
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"{what} needs a package that is not installed: pip install {package}"
-        ) from error
