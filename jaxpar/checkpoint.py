@@ -3,11 +3,12 @@
 A checkpoint is a directory `WORKDIR/checkpoints/STEP` that Orbax renames into place when its last
 byte is written:
 
-    state/    one zarr array a leaf, by dotted name (`model.layers.attention.query`, `optimizer.mu.head`), any mesh
-    data/     JSON: the position in the data
-    corpus/   JSON: marks of the files of the corpus, by which it is known again where they have moved
-    config/   JSON: the resolved config of the run
-    metrics/  JSON: the evaluation, where the best checkpoints are kept
+    state/      one zarr array a leaf, by dotted name (`model.layers.attention.query`), any mesh
+    data/       JSON: the position in the data
+    corpus/     JSON: marks of the files of the data, by which they are known again elsewhere
+    tokenizer/  the file of the tokenizer, where it is one
+    config/     JSON: the resolved config of the run
+    metrics/    JSON: the evaluation, where the best checkpoints are kept
 
 Finding and judging checkpoints needs no jax, so that a wrong request fails before jax starts.
 """
@@ -15,15 +16,17 @@ Finding and judging checkpoints needs no jax, so that a wrong request fails befo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxpar.config import Config, ConfigError, configure, field_paths, value_of
-from jaxpar.data.sources import content_mark
+from jaxpar.config import Config, ConfigError, configure
+from jaxpar.data.corpus import marks
+from jaxpar.data.tokenizer import FILES, tokenizer_file
 from jaxpar.validation import resolve
 
 if TYPE_CHECKING:
@@ -34,16 +37,15 @@ if TYPE_CHECKING:
 # them.
 _PARTS = ("_CHECKPOINT_METADATA", "state/_METADATA", "data/metadata", "config/metadata")
 
-_MUST_MATCH = ("optimizer.name", "data.tokenizer", "precision.params")
 
-_ORDER_OF_DATA = (
-    *("data.source", "data.text_field", "data.sequence_length", "data.packing"),
-    *("data.validation_fraction", "data.validation_source", "train.seed"),
-)
-"""What decides which windows the position in the data has passed."""
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run has come: updates done, and samples and tokens seen of its data. `tokens` is
+    None where an older checkpoint does not tell."""
 
-_FILES_OF_DATA = ("data.source", "data.validation_source")
-"""Those of them that may change with the place of the same files."""
+    step: int
+    samples: int
+    tokens: int | None
 
 
 # Before jax starts.
@@ -63,19 +65,35 @@ def find_checkpoint(workdir: str | Path, config: Config) -> Path | None:
       Its directory, or None for a fresh start.
 
     Raises:
-      ConfigError: `checkpoint.restore=none` in a workdir with checkpoints, a path without any, or
-        one whose newest checkpoint is incomplete.
+      ConfigError: `checkpoint.restore=none` in a workdir with checkpoints, or a path from which
+        those did not begin; a path without any, or one whose newest checkpoint is incomplete.
     """
     own, restore = Path(workdir) / "checkpoints", config.checkpoint.restore
-    if restore == "none" and _steps(own):
+    steps = _steps(own)
+    if restore == "none" and steps:
         raise ConfigError(
-            f"{own} holds checkpoints of steps {_listed(_steps(own))} and checkpoint.restore=none; "
-            "use another "
-            "--workdir, or --config.checkpoint.restore=auto to continue from the newest"
+            f"{own} holds checkpoints of steps {_listed(steps)} and checkpoint.restore=none; "
+            "use another --workdir, or --config.checkpoint.restore=auto to continue from the newest"
         )
-    if _steps(own):
-        return _newest(own)
-    return None if restore in ("auto", "none") else locate(restore)
+    if not steps:
+        return None if restore in ("auto", "none") else locate(restore)
+    newest = _newest(own)
+    if restore != "auto" and not _begun_from(newest, restore):
+        raise ConfigError(
+            f"{own} holds checkpoints of steps {_listed(steps)}, which did not begin from "
+            f"checkpoint.restore={restore}; use another --workdir to begin from it, or "
+            f"--config.checkpoint.restore=auto to continue from step {steps[-1]}"
+        )
+    return newest
+
+
+def _begun_from(newest: Path, restore: str) -> bool:
+    """Whether the run of a checkpoint began from `restore`, so that a restart continues it, or
+    `restore` is that very checkpoint."""
+    before = load_config(newest).checkpoint.restore
+    if Path(before).resolve() == Path(restore).resolve():
+        return True
+    return locate(restore).resolve() == newest.resolve()
 
 
 def locate(path: str | Path) -> Path:
@@ -90,80 +108,43 @@ def locate(path: str | Path) -> Path:
     return _newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
 
 
-def saved_config(workdir: str | Path) -> dict[str, Any] | None:
-    """The resolved config in the newest complete checkpoint of a workdir; None where there is
-    none."""
-    directory = Path(workdir) / "checkpoints"
-    steps = complete_steps(directory)
-    return _read_json(directory / str(steps[-1]), "config") if steps else None
+def of_workdir(checkpoint: Path, workdir: str | Path) -> bool:
+    """Whether `find_checkpoint` found a checkpoint in the workdir itself, whose run goes on."""
+    return checkpoint.parent == Path(workdir) / "checkpoints"
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The workdir of the run of a checkpoint, or the checkpoint where it lies alone."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else checkpoint
 
 
 def load_config(directory: Path) -> Config:
     """The config that is stored in one checkpoint; a field younger than the checkpoint has its
     default."""
-    return resolve(configure(**_read_json(directory, "config")))
+    try:
+        return resolve(configure(**_read_json(directory, "config")))
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config'}: {error}") from error
 
 
-def check_resume(workdir: str | Path, config: Config) -> None:
-    """Refuses a start from a checkpoint of another model, and to continue a run with other data.
-
-    Raises:
-      ConfigError: fields of the model, or the optimizer's name, the tokenizer or the precision of
-        the parameters differ, or in a run that goes on what decides the order of its data (each is
-        listed with both values); or `find_checkpoint` refuses.
-    """
-    found = find_checkpoint(workdir, config)
-    if found is None:
-        return
-    of_model = [path for path in field_paths() if path.startswith("model.")]
-    if differences := _differences(found, config, [*of_model, *_MUST_MATCH]):
-        raise ConfigError(
-            f"{found} belongs to another run:\n  "
-            + "\n  ".join(differences)
-            + "\nuse another --workdir, or the same fields"
-        )
-    if _steps(Path(workdir) / "checkpoints") and (differences := other_data(found, config)):
-        raise ConfigError(
-            f"{found} is in the middle of other data:\n  "
-            + "\n  ".join(differences)
-            + "\nuse the same fields, or begin this data from its start with these weights, in another --workdir with "
-            f"--config.checkpoint.restore={workdir}"
-        )
+def load_position(directory: Path) -> Position:
+    """How far the run of a checkpoint had come."""
+    saved = _read_json(directory, "data")
+    step = saved["step"] if "step" in saved else int(directory.name)
+    return Position(step, saved["samples"], saved.get("tokens"))
 
 
-def other_data(directory: Path, config: Config) -> list[str]:
-    """The fields by which the data of a checkpoint differs from that of `config`, with both values;
-    [] where its position in the data means the same windows: a corpus may have moved."""
-    return _differences(directory, config, _ORDER_OF_DATA)
+def load_marks(directory: Path) -> dict[str, str | None]:
+    """The `corpus.marks` that are stored in one checkpoint; {} in an older one."""
+    return _read_json(directory, "corpus") if (directory / "corpus").is_dir() else {}
 
 
-def _differences(directory: Path, config: Config, paths: Iterable[str]) -> list[str]:
-    saved = _read_json(directory, "config")
-    differences = []
-    for path in paths:
-        value: Any = saved
-        for name in path.split("."):
-            value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if (
-            value is not _ABSENT
-            and value != value_of(config, path)
-            and not _moved(directory, config, path)
-        ):
-            differences.append(f"{path}: checkpoint {value}, config {value_of(config, path)}")
-    return differences
-
-
-def _moved(directory: Path, config: Config, path: str) -> bool:
-    """Whether a field names the files of a checkpoint's corpus in another place."""
-    if (
-        path not in _FILES_OF_DATA or not (directory / "corpus").is_dir()
-    ):  # older checkpoints have none
-        return False
-    mark = _read_json(directory, "corpus").get(path)
-    return mark is not None and mark == content_mark(value_of(config, path), path)
-
-
-_ABSENT = object()  # a field that is younger than the checkpoint
+def carried_tokenizer(directory: Path) -> Path | None:
+    """The file of the tokenizer in one checkpoint; None for one that goes by its name, and in an
+    older checkpoint."""
+    files = (directory / "tokenizer" / name for name in FILES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _steps(directory: Path) -> list[int]:
@@ -196,16 +177,28 @@ def _read_json(directory: Path, item: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _corrupt(directory, f"{path}: {error}") from error
+        raise _unreadable(directory, error, f"{path}: ") from error
 
 
-def _corrupt(directory: Path, reason: object) -> ConfigError:
-    # TensorStore explains a damaged array on 30 lines, of which the first says it
-    why = (str(reason).strip() or repr(reason)).splitlines()[0]
+def _first_line(reason: object) -> str:
+    """TensorStore explains a damaged array on 30 lines, of which the first says it."""
+    return (str(reason).strip() or repr(reason)).splitlines()[0]
+
+
+_NOT_DAMAGED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""Kinds of errors of TensorStore, which raises one exception for all."""
+
+
+def _unreadable(directory: Path, error: Exception, where: str = "") -> ConfigError:
+    """What to raise for an error of reading. Only files that are damaged or lost call for deleting
+    the checkpoint."""
+    lost = isinstance(error, FileNotFoundError | NotADirectoryError)
+    if (isinstance(error, OSError) and not lost) or any(k in str(error) for k in _NOT_DAMAGED):
+        return ConfigError(f"{directory} can't be read: {where}{_first_line(error)}")
     steps = _listed(complete_steps(directory.parent))
     return ConfigError(
-        f"cannot restore {directory}: {why}; complete steps: {steps}; delete this one to use the "
-        "one before"
+        f"cannot restore {directory}: {where}{_first_line(error)}; complete steps: {steps}; delete "
+        "this one to use the one before"
     )
 
 
@@ -213,19 +206,26 @@ def _corrupt(directory: Path, reason: object) -> ConfigError:
 
 
 class Checkpointer:
-    """Saves the checkpoints of one run and restores them.
+    """Saves the checkpoints of one run.
 
     Keeps the `checkpoint.keep` newest and the `checkpoint.keep_best` of lowest evaluation loss.
     Every process calls every method.
+
+    Args:
+      tokenizer: where that of the run lies, if not where the config says.
     """
 
-    def __init__(self, workdir: str | Path, config: Config):
+    def __init__(self, workdir: str | Path, config: Config, tokenizer: str = ""):
         import orbax.checkpoint as ocp
 
         _quiet_orbax()
-        self._workdir, self._config = Path(workdir).absolute(), config
-        self._directory = self._workdir / "checkpoints"
-        self._marks = {path: content_mark(value_of(config, path), path) for path in _FILES_OF_DATA}
+        self.directory, self._config = Path(workdir).absolute() / "checkpoints", config
+        data = config.data
+        if tokenizer:
+            data = dataclasses.replace(data, tokenizer=tokenizer)
+        self._marks = marks(data)
+        self._tokenizer = None if data.source == "synthetic" else tokenizer_file(data.tokenizer)
+        self._content = self._tokenizer.read_bytes() if self._tokenizer else b""
         settings, keep = config.checkpoint, ocp.checkpoint_managers
         policies: list[Any] = [keep.LatestN(settings.keep)]
         if settings.keep_best:
@@ -238,11 +238,12 @@ class Checkpointer:
                 )
             )
         self._manager = ocp.CheckpointManager(
-            self._directory,
+            self.directory,
             item_handlers={
                 "state": _state_handler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "corpus": ocp.JsonCheckpointHandler(),
+                "tokenizer": _file_handler()[0](),
                 "config": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -261,7 +262,7 @@ class Checkpointer:
         step: int,
         state: Any,
         *,
-        data: Mapping[str, Any],
+        position: Position,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Saves a checkpoint; a step that is saved already stays as it is.
@@ -271,9 +272,8 @@ class Checkpointer:
         raised by the next call.
 
         Args:
-          step: optimizer steps done.
+          step: its name: optimizer steps done.
           state: any pytree of `jax.Array`.
-          data: position in the data, as JSON.
           metrics: `{"eval_loss": ...}` of this step; a checkpoint without one is never among the
             best.
         """
@@ -283,49 +283,21 @@ class Checkpointer:
 
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(named_leaves(state)),
-            data=ocp.args.JsonSave(dict(data)),
-            corpus=ocp.args.JsonSave(self._marks),
-            config=ocp.args.JsonSave(dataclasses.asdict(self._config)),
-        )
+        items = {
+            "state": ocp.args.PyTreeSave(named_leaves(state)),
+            "data": ocp.args.JsonSave(dataclasses.asdict(position)),
+            "corpus": ocp.args.JsonSave(self._marks),
+            "config": ocp.args.JsonSave(dataclasses.asdict(self._config)),
+        }
+        if self._tokenizer:
+            name = "tokenizer" + self._tokenizer.suffix
+            items["tokenizer"] = _file_handler()[1](name, self._content)
         self._manager.save(
-            step, args=items, metrics=None if metrics is None else dict(metrics), force=True
+            step,
+            args=ocp.args.Composite(**items),
+            metrics=None if metrics is None else dict(metrics),
+            force=True,
         )
-
-    def latest_step(self) -> int | None:
-        """The newest complete step of this run, or None."""
-        self.wait()
-        steps = complete_steps(self._directory)
-        return steps[-1] if steps else None
-
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Restores a checkpoint onto the current mesh, whatever mesh saved it.
-
-        Args:
-          abstract_state: the pytree to fill, of `jax.ShapeDtypeStruct` with shardings; those of
-            `jax.eval_shape` under a mesh do.
-          step: of this run; None is the checkpoint of `find_checkpoint`.
-
-        Returns:
-          The state, in the dtypes and shardings asked for, and the position in the data.
-
-        Raises:
-          ConfigError: there is no such checkpoint, it is incomplete or damaged, or it holds other
-            leaves.
-        """
-        self.wait()
-        found = (
-            find_checkpoint(self._workdir, self._config)
-            if step is None
-            else self._directory / str(step)
-        )
-        if found is None or not _is_complete(found):
-            steps = _listed(complete_steps(self._directory))
-            raise ConfigError(
-                f"{found or self._directory} holds no complete checkpoint; complete steps: {steps}"
-            )
-        return restore_run(found, abstract_state)
 
     def wait(self) -> None:
         """Waits for the save in the background, and raises its error."""
@@ -336,18 +308,20 @@ class Checkpointer:
         self._manager.close()
 
 
-def restore_run(directory: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-    """The state and the position in the data of one checkpoint directory; as in
-    `Checkpointer.restore`."""
-    return restore_state(directory, abstract_state), _read_json(directory, "data")
-
-
 def restore_state(directory: Path, abstract_state: Any, *, partial: bool = False) -> Any:
-    """The state of one checkpoint directory; arguments, result and errors as in
-    `Checkpointer.restore`.
+    """Restores the state of one checkpoint onto the current mesh, whatever mesh saved it.
 
-    With `partial`, `abstract_state` may leave out leaves of the checkpoint; only those asked for
-    are read.
+    Args:
+      abstract_state: the pytree to fill, of `jax.ShapeDtypeStruct` with shardings; those of
+        `jax.eval_shape` under a mesh do.
+      partial: it may leave out leaves of the checkpoint; only those asked for are read.
+
+    Returns:
+      The state, in the dtypes and shardings asked for.
+
+    Raises:
+      ConfigError: the checkpoint is damaged or can't be read, or it holds other leaves. A lack of
+        memory is raised as it comes: the checkpoint has no part in it.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -368,12 +342,10 @@ def restore_state(directory: Path, abstract_state: Any, *, partial: bool = False
             restored = checkpointer.restore(
                 path, args=ocp.args.PyTreeRestore(wanted, arguments, partial_restore=partial)
             )
-        except ConfigError:
+        except (ConfigError, MemoryError, RuntimeError):  # RuntimeError: jax, not the files
             raise
-        except (
-            Exception
-        ) as error:  # tensorstore and Orbax raise many kinds for files that are damaged
-            raise _corrupt(directory, error) from error
+        except Exception as error:  # Orbax wraps what TensorStore says of a lost file in it
+            raise _unreadable(directory, error) from error
     return jax.tree.unflatten(
         jax.tree.structure(abstract_state), [restored[name] for name in wanted]
     )
@@ -420,6 +392,30 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     import orbax.checkpoint as ocp
 
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+
+
+@functools.cache
+def _file_handler() -> tuple[type, type]:
+    """How Orbax saves a file as it is: the class of its handler, and that of its arguments (name,
+    content)."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    class FileHandler(ocp.CheckpointHandler):
+        def save(self, directory: Any, args: Any) -> None:
+            if jax.process_index() == 0:
+                (directory / args.name).write_bytes(args.content)
+
+        def restore(self, directory: Any, args: Any) -> Any:
+            raise NotImplementedError("read the file")
+
+    @ocp.args.register_with_handler(FileHandler, for_save=True, for_restore=True)
+    @dataclasses.dataclass
+    class FileSave(ocp.args.CheckpointArgs):
+        name: str
+        content: bytes = dataclasses.field(repr=False)
+
+    return FileHandler, FileSave
 
 
 def _eval_loss(metrics: Mapping[str, float]) -> float:

@@ -275,6 +275,11 @@ class CheckpointConfig:
         "auto continues from the workdir, none refuses a used one, a path starts from that run; if "
         "its data or their order were others, at their beginning",
     )
+    allow_changes: bool = field(
+        False,
+        "go on even where changed fields give the run another curve or other data, or its "
+        "parameters another meaning",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

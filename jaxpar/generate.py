@@ -10,7 +10,8 @@ spread over devices with --mesh.data, --mesh.fsdp and --mesh.tensor, whatever me
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,9 +21,16 @@ from flax import nnx
 
 from jaxpar import cli
 from jaxpar.attention import TokenInfo
-from jaxpar.checkpoint import load_config, locate, restore_state
+from jaxpar.checkpoint import (
+    carried_tokenizer,
+    load_config,
+    load_marks,
+    locate,
+    restore_state,
+)
 from jaxpar.config import BATCH_AXES, Config, ConfigError, ParallelConfig
-from jaxpar.data.tokenizer import Tokenizer, load_tokenizer
+from jaxpar.data.corpus import fitting_tokenizer
+from jaxpar.data.tokenizer import Tokenizer, tokenizer_mark
 from jaxpar.model import Cache, Llama
 
 
@@ -133,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         __doc__ or "",
         checkpoint=cli.Option(None, "workdir of a run, or one of its checkpoints", required=True),
         prompt=cli.Option("", "text to continue; without it a document is begun"),
+        tokenizer=cli.Option(None, "its name or file (default: the checkpoint's own)"),
         max_tokens=cli.Option(200, "tokens to generate at most"),
         samples=cli.Option(1, "continuations to draw"),
         temperature=cli.Option(0.8, "0 takes the likeliest token"),
@@ -151,11 +160,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"{directory} was trained on synthetic tokens; it has no text to generate"
         )
-    tokenizer = load_tokenizer(saved.data.tokenizer)
-    # Without a prompt, begin where documents begin: after the end of another.
-    prompt = np.asarray(
-        tokenizer.encode(options["prompt"]) if options["prompt"] else [tokenizer.eot], np.int32
-    )
+    tokenizer = tokenizer_of(directory, saved, options["tokenizer"])
+    # Without a prompt, or with one that is no token, begin where documents begin: after another.
+    ids = tokenizer.encode(options["prompt"]).tolist() or [tokenizer.eot]
+    prompt = np.asarray(ids, np.int32)
     mesh = cli.start(launch, generation_config(saved), training=False)
     if mesh.shape["sequence"] > 1:
         raise ConfigError(
@@ -173,18 +181,51 @@ def main(argv: list[str] | None = None) -> int:
             sampling=sampling,
             seed=options["seed"],
         )
-        print_samples(tokens, tokenizer, options["prompt"], options["samples"])
+        print_samples(tokens, tokenizer, options["prompt"], options["samples"], ids)
     return 0
 
 
+def tokenizer_of(directory: Path, saved: Config, asked: str | None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the one it carries, else where its config says; or the one
+    that is `asked` for, and then it is told if it is another.
+
+    Raises:
+      ConfigError: it can't be loaded, or its ids are not those of the model.
+    """
+    own = str(carried_tokenizer(directory) or saved.data.tokenizer)
+    data = dataclasses.replace(saved.data, tokenizer=asked or own)
+    tokenizer = fitting_tokenizer(data, saved.model.vocab_size)
+    mark = load_marks(directory).get("data.tokenizer") or saved.data.tokenizer
+    if asked and (tokenizer_mark(asked) or asked) != mark:
+        print(
+            f"warning: --tokenizer={asked} is not the tokenizer of {directory} "
+            f"({saved.data.tokenizer}): its ids may mean other text",
+            file=sys.stderr,
+        )
+    return tokenizer
+
+
 def print_samples(
-    tokens: Iterator[np.ndarray], tokenizer: Tokenizer, prompt: str, samples: int
+    tokens: Iterator[np.ndarray],
+    tokenizer: Tokenizer,
+    prompt: str,
+    samples: int,
+    prompt_ids: Sequence[int] = (),
 ) -> None:
     """Prints one sample as it grows, several when all are done; each ends where its document
-    ends."""
+    ends.
+
+    Text is decoded together with the ids of the prompt: some tokenizers drop the space before the
+    first word of what they decode.
+    """
     texts: list[list[int]] = [[] for _ in range(samples)]
     ended = [False] * samples
-    shown = ""
+    before, shown = tokenizer.decode(prompt_ids), ""
+
+    def continuation(row: int) -> str:
+        text = tokenizer.decode([*prompt_ids, *texts[row]])
+        return text.removeprefix(before)
+
     if samples == 1:
         print(prompt, end="", flush=True)
     for drawn in tokens:
@@ -193,10 +234,9 @@ def print_samples(
             if not ended[row]:
                 texts[row].append(int(drawn[row]))
         if samples == 1:
-            text = tokenizer.decode(texts[0])
-            if not text.endswith(
-                "\N{REPLACEMENT CHARACTER}"
-            ):  # the rest of a character is still to come
+            text = continuation(0)
+            # The rest of a character may be still to come.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
         if all(ended):
@@ -204,7 +244,7 @@ def print_samples(
     if samples == 1:
         print()
     for row in range(samples if samples > 1 else 0):
-        print(f"--- sample {row + 1}\n{prompt}{tokenizer.decode(texts[row])}")
+        print(f"--- sample {row + 1}\n{prompt}{continuation(row)}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ waits for the host:
         for batch in metrics.watch(batches):
             state, values = train_step(state, batch)
             step += 1
-            finished = metrics.step(step, values)          # waits for step - 1
+            finished = metrics.step(step, values)           # waits for step - 1
             if evaluate_or_save_now:
                 with metrics.untimed():                     # waits for step, stops the clock
                     metrics.evaluation(step, evaluate(state))
-                    checkpointer.save(step, state, data=...)
+                    checkpointer.save(step, state, position=...)
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ class Metrics:
       mesh: all devices of the run; their number and kind give MFU.
       start_step: steps done before. Rows of later steps are dropped: they belong to an attempt that
         was lost.
-      start_samples: sequences seen before; not all need have come in batches of this size.
+      start_samples: sequences of this data seen before; not all need have come in batches of this
+        size.
+      start_tokens: tokens of this data seen before.
+      windows: of the training data, which make an epoch; 0 where that is not known.
+      began: when the run was started, on the clock of `time.perf_counter`; by default now.
 
     Raises:
       ConfigError: `log.tensorboard` without tensorboardX.
@@ -101,15 +105,19 @@ class Metrics:
         *,
         start_step: int = 0,
         start_samples: int = 0,
+        start_tokens: int = 0,
+        windows: int = 0,
+        began: float | None = None,
     ):
         self._config = config
-        self._tokens = config.train.batch_size * config.data.sequence_length
-        self._tokens_before = start_samples * config.data.sequence_length
-        self._start_step = start_step
-        self._flops = counts.step_flops(config).per_step
+        self.tokens = start_tokens
+        """Seen of this data, without padding, those of the step that is pending included."""
+        self._batch_tokens = config.train.batch_size * config.data.sequence_length
+        self._start_step, self._start_samples, self._windows = start_step, start_samples, windows
+        self._token_flops = counts.step_flops(config).per_step / self._batch_tokens
         peak = hardware.peak_flops(jax.devices()[0].device_kind, config.precision.compute)
         self._peak = None if peak is None else peak * mesh.devices
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._pending: tuple[int, Mapping[str, Any], int] | None = None
         self._clock = _Clock()
         self._file: TextIO | None = None
         self._tensorboard: SummaryWriter | None = None
@@ -120,7 +128,7 @@ class Metrics:
         if config.log.tensorboard:
             self._tensorboard = _tensorboard(Path(workdir) / "tensorboard", start_step)
         self._reporter = Reporter(
-            config.train.steps, start_step=start_step, progress=config.log.progress
+            config.train.steps, start_step=start_step, progress=config.log.progress, began=began
         )
 
     def __enter__(self) -> Metrics:
@@ -141,7 +149,9 @@ class Metrics:
             self._clock.wait(time.perf_counter() - start)
             yield batch
 
-    def step(self, step: int, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    def step(
+        self, step: int, values: Mapping[str, Any], tokens: int | None = None
+    ) -> dict[str, Any] | None:
         """Takes the metrics of a step that was dispatched and reads those of the one before.
 
         Args:
@@ -149,6 +159,7 @@ class Metrics:
           values: on device or not; every scalar becomes a field of the row, arrays and mappings do
             not. `loss`, `grad_norm`, `learning_rate` and `skipped` (updates skipped so far, not
             finite) are expected.
+          tokens: of its batch, without padding; by default there is none.
 
         Returns:
           The values of the step before, on the host; None where nothing was pending.
@@ -157,16 +168,18 @@ class Metrics:
         for value in jax.tree.leaves(values):
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
-        self._pending = (step, values)
+        tokens = self._batch_tokens if tokens is None else tokens
+        self._pending = (step, values, tokens)
+        self.tokens += tokens
         return finished
 
     def flush(self) -> dict[str, Any] | None:
         """Waits for the step that is pending and returns its values."""
         if self._pending is None:
             return None
-        (step, values), self._pending = self._pending, None
+        (step, values, tokens), self._pending = self._pending, None
         finished = jax.tree.map(np.asarray, jax.device_get(dict(values)))
-        self._clock.tick()
+        self._clock.tick(tokens)
         due = step % self._config.log.every == 0 or step == self._config.train.steps
         row = self._row(step, finished) if due else None
         if row is not None:
@@ -176,18 +189,20 @@ class Metrics:
         return finished
 
     def _row(self, step: int, values: Mapping[str, Any]) -> Row:
-        seconds, waited = self._clock.lap()
+        seconds, waited, rate = self._clock.lap()
+        samples = self._start_samples + (step - self._start_step) * self._config.train.batch_size
         return {
             **{
                 name: value.item()
                 for name, value in values.items()
                 if isinstance(value, np.ndarray) and value.ndim == 0
             },
-            "tokens": self._tokens_before + (step - self._start_step) * self._tokens,
-            "tokens_per_second": self._tokens / seconds if seconds else None,
+            "epoch": samples / self._windows if self._windows else None,
+            "tokens": self.tokens,
+            "tokens_per_second": rate,
             "step_seconds": seconds,
             "data_wait_seconds": waited,
-            "mfu": self._flops / (seconds * self._peak) if seconds and self._peak else None,
+            "mfu": self._token_flops * rate / self._peak if rate and self._peak else None,
             "peak_bytes": _peak_bytes(),
         }
 
@@ -214,6 +229,11 @@ class Metrics:
                 f"{perplexity:,.2f}"
             )
 
+    def checkpoint(self, step: int, path: Path) -> None:
+        """Says that a checkpoint is saved, or on its way to the disk."""
+        writing = "  (written in the background)" if self._config.checkpoint.async_ else ""
+        self.line(f"step {step}/{self._config.train.steps}  checkpoint {path}{writing}")
+
     def line(self, text: str) -> None:
         """Prints a line, above the bar where there is one. Only process 0 prints."""
         if self._reporter:
@@ -236,11 +256,12 @@ class Metrics:
             name: value if value is None or math.isfinite(value) else None
             for name, value in row.items()
         }
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+        row = {"step": step, "time": time.time(), **row}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in row.items():
-                if value is not None:
+                if value is not None and name not in ("step", "time"):
                     group = "eval" if name.startswith("eval_") else "train"
                     self._tensorboard.add_scalar(
                         f"{group}/{name.removeprefix('eval_')}", value, step
@@ -248,12 +269,34 @@ class Metrics:
             self._tensorboard.flush()
 
 
+@contextlib.contextmanager
+def announced(what: str, *, progress: bool = True) -> Iterator[None]:
+    """Says what takes its time, and in the end how long it took; on a terminal the seconds run
+    unless `progress` is False. Only process 0 prints."""
+    if jax.process_index():
+        yield
+        return
+    begin, now = time.perf_counter(), time.strftime("%H:%M:%S")
+    if progress and sys.stdout.isatty():
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, transient=True) as bar:
+            bar.add_task(f"{what} ...", total=None)
+            yield
+    else:
+        print(f"{now}  {what} ...", flush=True)
+        yield
+    now = time.strftime("%H:%M:%S")
+    print(f"{now}  {what} took {time.perf_counter() - begin:.1f} s", flush=True)
+
+
 class _Clock:
     """Seconds and steps since the last row. It runs from the end of the first step on."""
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._seconds, self._waited, self._steps = 0.0, 0.0, 0
+        self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def start(self) -> None:
         self._since = time.perf_counter()
@@ -268,20 +311,23 @@ class _Clock:
         if self._since is not None:
             self._waited += seconds
 
-    def tick(self) -> None:
-        """A step has ended."""
+    def tick(self, tokens: int) -> None:
+        """A step over so many tokens has ended."""
         now = time.perf_counter()
         if self._since is not None:
             self._seconds += now - self._since
             self._steps += 1
+            self._tokens += tokens
         self._since = now
 
-    def lap(self) -> tuple[float | None, float | None]:
-        """Mean seconds of a step and of the wait for its data; None where no step was timed. Starts
-        over."""
-        steps, seconds, waited = self._steps, self._seconds, self._waited
-        self._seconds, self._waited, self._steps = 0.0, 0.0, 0
-        return (seconds / steps, waited / steps) if steps else (None, None)
+    def lap(self) -> tuple[float | None, float | None, float | None]:
+        """Mean seconds of a step and of the wait for its data, and tokens a second; None where no
+        step was timed. Starts over."""
+        steps, seconds, waited, tokens = self._steps, self._seconds, self._waited, self._tokens
+        self._seconds, self._waited, self._steps, self._tokens = 0.0, 0.0, 0, 0
+        if not steps or not seconds:
+            return (None, None, None)
+        return seconds / steps, waited / steps, tokens / seconds
 
 
 class Reporter:
@@ -291,10 +337,19 @@ class Reporter:
       total: steps of the run.
       start_step: steps done before.
       progress: False gives lines on a terminal too.
+      began: when the run was started, on the clock of `time.perf_counter`; by default now.
     """
 
-    def __init__(self, total: int, *, start_step: int = 0, progress: bool = True):
+    def __init__(
+        self,
+        total: int,
+        *,
+        start_step: int = 0,
+        progress: bool = True,
+        began: float | None = None,
+    ):
         self._total, self._status = total, ""
+        self._began = time.perf_counter() if began is None else began
         self._bar: Progress | None = None
         if progress and sys.stdout.isatty():
             self._bar = _bar()
@@ -307,14 +362,19 @@ class Reporter:
         """A step has ended; `row` if it was one to write."""
         if row is not None:
             names = _SHORT if self._bar else _DESCRIPTIONS
-            self._status = "  ".join(_described(row, names, self._total - step))
+            parts = _described(row, names)
+            parts.append(f"elapsed {_duration(time.perf_counter() - self._began)}")
+            if (seconds := row["step_seconds"]) is not None:
+                parts.append(f"eta {_duration(seconds * (self._total - step))}")
+            self._status = "  ".join(parts)
         if self._bar:
             self._bar.update(self._task, completed=step, status=self._status)
         elif row is not None:
             self.line(f"step {step}/{self._total}  {self._status}")
 
     def line(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line after the time of day, above the bar where there is one."""
+        text = f"{time.strftime('%H:%M:%S')}  {text}"
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -330,22 +390,20 @@ _DESCRIPTIONS = {
     "loss": "loss {:.4f}",
     "grad_norm": "grad_norm {:.2f}",
     "learning_rate": "lr {:.1e}",
+    "epoch": "epoch {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "mfu {:.1%}",
     "skipped": "skipped {}",
 }
-_SHORT = ("loss", "tokens_per_second", "mfu", "skipped")
+_SHORT = ("loss", "epoch", "tokens_per_second", "mfu", "skipped")
 
 
-def _described(row: Row, names: Iterable[str], steps_left: int) -> list[str]:
+def _described(row: Row, names: Iterable[str]) -> list[str]:
     """A row for people, without what is unknown or did not happen."""
     known = [
         name for name in names if row.get(name) is not None and (row[name] or name != "skipped")
     ]
-    parts = [_DESCRIPTIONS[name].format(row[name]) for name in known]
-    if (seconds := row["step_seconds"]) is not None:
-        parts.append(f"eta {_duration(seconds * steps_left)}")
-    return parts
+    return [_DESCRIPTIONS[name].format(row[name]) for name in known]
 
 
 def _duration(seconds: float) -> str:

@@ -8,12 +8,12 @@ checkpoint there. On SIGTERM or Ctrl-C it saves a checkpoint and stops.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpar import cli, program, xla
-from jaxpar.checkpoint import Checkpointer, check_resume, find_checkpoint, other_data, restore_run
+from jaxpar.checkpoint import Checkpointer, Position, load_config, restore_state
 from jaxpar.compile import (
     abstract_state,
     check_attention,
@@ -30,21 +30,25 @@ from jaxpar.compile import (
     check_offload,
     compile_train_step,
 )
-from jaxpar.config import Config, ConfigError, MeshConfig
-from jaxpar.data.batches import batch_indices, training_batches, validation_batches
+from jaxpar.config import Config, MeshConfig
+from jaxpar.data.batches import (
+    batch_indices,
+    batch_tokens,
+    training_batches,
+    validation_batches,
+)
 from jaxpar.data.corpus import Corpus, open_corpus
 from jaxpar.estimate import counts, memory
 from jaxpar.estimate.ranking import Pins
 from jaxpar.estimate.remedy import out_of_memory
-from jaxpar.metrics import Metrics, write_config
+from jaxpar.metrics import Metrics, announced, write_config
+from jaxpar.optimizer import schedule
 from jaxpar.parallel.timetable import describe as describe_timetable
 from jaxpar.parallel.timetable import timetable
+from jaxpar.resume import Start, plan_start
 from jaxpar.sharding import axes_across_hosts
 from jaxpar.step import TrainState, init_state, make_eval_step
-
-
-class NonFinite(RuntimeError):
-    """Too many updates in a row had a loss or gradient that is not finite."""
+from jaxpar.watchdog import NonFinite, Watchdog
 
 
 class StopSignal:
@@ -68,70 +72,21 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class Watchdog:
-    """Counts skipped updates in a row.
-
-    Args:
-      limit: how many in a row raise `NonFinite`.
-      skipped: how many the run has skipped before.
-      windows: the window indices of the batch of a step, for the report.
-    """
-
-    def __init__(self, limit: int, skipped: int, windows: Callable[[int], list[int]]):
-        self._limit, self._skipped, self._windows, self._in_a_row = limit, skipped, windows, 0
-
-    def check(self, step: int, metrics: Mapping[str, Any] | None) -> None:
-        """Takes the metrics of a finished step, on the host; None where there is none."""
-        if metrics is None:
-            return
-        skipped = int(metrics["skipped"])
-        searching = (
-            metrics.get("loss_scale", 1) > 1
-        )  # an overflow only says that the loss scale was too large
-        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped and not searching else 0
-        self._skipped = skipped
-        if self._in_a_row >= self._limit:
-            raise NonFinite(_non_finite_report(step, self._in_a_row, metrics, self._windows(step)))
-
-
-def _non_finite_report(
-    step: int, in_a_row: int, metrics: Mapping[str, Any], batch: list[int]
-) -> str:
-    by_layer = {
-        name if norms.ndim == 0 else f"{name}[{layer}]": float(norm)
-        for name, norms in metrics["gradient_norms"].items()
-        for layer, norm in enumerate(np.atleast_1d(norms))
-    }
-    largest = sorted(
-        by_layer.items(), key=lambda item: -math.inf if math.isnan(item[1]) else -item[1]
-    )[:8]
-    bad = sum(not math.isfinite(norm) for norm in by_layer.values())
-    return "\n".join(
-        [
-            f"step {step}: loss {float(metrics['loss'])}, gradient norm "
-            f"{float(metrics['grad_norm'])}; the "
-            f"last {in_a_row} updates were not finite and were skipped (train.max_nonfinite_steps)",
-            f"windows of the training data in its batch: {', '.join(map(str, batch))}",
-            f"largest gradients ({bad} of {len(by_layer)} not finite):",
-            *(f"  {name}: {norm:.4g}" for name, norm in largest),
-            "try a lower optimizer.learning_rate, a longer optimizer.warmup_steps, or "
-            "precision.compute=float32",
-        ]
-    )
-
-
 def describe(config: Config, mesh: Mesh, corpus: Corpus, kernel: str) -> str:
     """What is about to run, for the head of the log; `kernel` is what computes attention."""
     sizes = MeshConfig(*mesh.devices.shape)
     device = mesh.devices.flat[0]
     state = memory.state_bytes(config, sizes)
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
+    padding = ""
+    if not config.data.packing:
+        padding = f"; {corpus.train.padding:.0%} of them are padding (data.packing=false)"
     lines = [
         f"devices   {mesh.size} x {device.device_kind}, {processes}; mesh {sizes}",
         f"model     {counts.parameter_count(config.model):,} parameters; a device holds "
         f"{_mebibytes(state['parameters'])} of parameters, {_mebibytes(state['optimizer'])} of "
         "optimizer state" + " in host memory" * config.memory.offload_optimizer,
-        f"batch     {counts.describe_batch(config, sizes)}",
+        f"batch     {counts.describe_batch(config, sizes)}{padding}",
         f"data      {corpus}",
         f"attention {kernel}",
     ]
@@ -155,6 +110,25 @@ def describe(config: Config, mesh: Mesh, corpus: Corpus, kernel: str) -> str:
     return "\n".join(lines)
 
 
+def describe_start(start: Start, config: Config) -> list[str]:
+    """What a run continues or begins from, and what has changed since."""
+    if start.before is None:
+        return []
+    steps = config.train.steps
+    if start.step >= steps:
+        return [
+            f"{start.run} is at step {start.step} already; raise train.steps={steps} to continue"
+        ]
+    before, now = (
+        float(np.asarray(schedule(c.optimizer, c.train.steps)(start.step)))
+        for c in (start.before, config)
+    )
+    if math.isclose(before, now, rel_tol=1e-6):
+        return [start.message]
+    rates = f"learning rate of the next step {now:.3g} (without these changes {before:.3g})"
+    return [start.message, rates]
+
+
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
@@ -174,61 +148,45 @@ def evaluate(
     return float(np.sum(losses, dtype=np.float64) / max(np.sum(tokens), 1))
 
 
-def start_state(config: Config, found: Path | None) -> tuple[TrainState, int]:
-    """The state to begin with, from a checkpoint or fresh, and the number of samples of this data
-    it has seen."""
+def start_state(config: Config, found: Path | None) -> TrainState:
+    """The state to begin with on the current mesh: fresh, or that of a checkpoint."""
+    mesh = jax.sharding.get_mesh()
     if found is None:
-        options = xla.options(config.compile, jax.sharding.get_mesh().devices.flat, once=True)
-        return jax.jit(lambda: init_state(config), compiler_options=options)(), 0
-    state, position = restore_run(found, abstract_state(config, jax.sharding.get_mesh()))
-    state = program.to_stages(state, config)
-    if differences := other_data(found, config):  # of another run: `check_resume` has seen to that
-        if jax.process_index() == 0:
-            print(
-                f"{found} has seen other data, so this one begins at its start "
-                f"({'; '.join(differences)})",
-                flush=True,
-            )
-        return state, 0
-    return state, int(position["samples"])
+        options = xla.options(config.compile, mesh.devices.flat, once=True)
+        return jax.jit(lambda: init_state(config), compiler_options=options)()
+    state = program.to_stages(restore_state(found, abstract_state(config, mesh)), config)
+    scale = config.precision.loss_scale
+    if bool(scale) == bool(load_config(found).precision.loss_scale):
+        return state
+    # The checkpoint has searched for none: the search begins, or there is nothing to scale.
+    fresh, since = (
+        jax.device_put(value, state.loss_scale.sharding)
+        for value in (np.float32(scale or 1), np.int32(0))
+    )
+    return dataclasses.replace(state, loss_scale=fresh, since_scaled=since)
 
 
-def first_batch(samples: int, batch_size: int) -> int:
-    """Number of the batch that begins at sample `samples`.
-
-    Raises:
-      ConfigError: the batch size changed to one that does not divide the position.
-    """
-    if samples % batch_size:
-        legal = [size for size in range(1, 4 * batch_size) if samples % size == 0]
-        near = sorted(sorted(legal, key=lambda size: abs(size - batch_size))[:4])
-        raise ConfigError(
-            f"train.batch_size={batch_size} does not divide the {samples} samples that the "
-            "checkpoint has seen; use "
-            f"one of {', '.join(map(str, near))}"
-        )
-    return samples // batch_size
-
-
-def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path) -> int:
+def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path, start: Start) -> int:
     """Runs the training loop on the current mesh and returns the exit code.
 
     Dispatches step n, then reads the metrics of step n-1, so the device never waits for the host.
     """
-    clock = time.perf_counter()
-    train_step = compile_train_step(config, mesh)
+    clock, sizes = time.perf_counter(), MeshConfig(*mesh.devices.shape)
+    with announced("compiling the training step", progress=config.log.progress):
+        train_step = compile_train_step(config, mesh)
     if config.memory.offload:
-        check_offload(train_step, config, MeshConfig(*mesh.devices.shape))
+        check_offload(train_step, config, sizes)
     eval_step = jax.jit(
         make_eval_step(config), compiler_options=xla.options(config.compile, mesh.devices.flat)
     )
-    state, samples = start_state(config, find_checkpoint(workdir, config))
-    batch_size, start, steps = config.train.batch_size, int(state.step), config.train.steps
-    offset = first_batch(samples, batch_size) - start  # not 0 only where the batch size has changed
-    checkpointer = Checkpointer(workdir, config)  # writes; nothing above does
-    write_config(workdir, config, MeshConfig(*mesh.devices.shape))
+    state = start_state(config, start.checkpoint)
+    checkpointer = Checkpointer(workdir, config, start.tokenizer)  # writes; nothing above does
+    write_config(workdir, config, sizes)
+    steps, batch_size = config.train.steps, config.train.batch_size
+    # Of batches, counted from the begin of the data; not 0 where that or their size has changed.
+    offset = start.samples // batch_size - start.step
     training = training_batches(
-        config, mesh, corpus.train, start=start + offset, stop=max(steps, start) + offset
+        config, mesh, corpus.train, start=start.step + offset, stop=steps + offset
     )
     windows = functools.partial(
         batch_indices, corpus.train, seed=config.train.seed, batch_size=batch_size
@@ -245,15 +203,19 @@ def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path) -> int:
         Metrics(
             workdir,
             config,
-            MeshConfig(*mesh.devices.shape),
-            start_step=start,
-            start_samples=samples,
+            sizes,
+            start_step=start.step,
+            start_samples=start.samples,
+            start_tokens=start.tokens,
+            windows=len(corpus.train),
+            began=clock,
         ) as metrics,
     ):
-        for step, batch in enumerate(metrics.watch(training), start=start + 1):
+        for step, batch in enumerate(metrics.watch(training), start=start.step + 1):
             state, values = train_step(state, batch)
-            watchdog.check(step - 1, metrics.step(step, values))
-            if step == start + 1:
+            tokens = batch_tokens(config, corpus.train, step - 1 + offset)
+            watchdog.check(step - 1, metrics.step(step, values, tokens))
+            if step == start.step + 1:
                 watchdog.check(step, metrics.flush())
                 metrics.line(
                     f"first step after {time.perf_counter() - clock:.1f} s, compilation included"
@@ -278,12 +240,11 @@ def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path) -> int:
                         saving |= config.checkpoint.keep_best > 0 and eval_loss < best
                         best = min(best, eval_loss)
                 if saving:
-                    state = program.to_network(
-                        state, config
-                    )  # what a checkpoint knows; no copy is made
-                    checkpointer.save(
-                        step, state, data={"samples": (step + offset) * batch_size}, metrics=scores
-                    )
+                    position = Position(step, (step + offset) * batch_size, metrics.tokens)
+                    # What a checkpoint knows is the network; no copy is made.
+                    state = program.to_network(state, config)
+                    checkpointer.save(step, state, position=position, metrics=scores)
+                    metrics.checkpoint(step, workdir / "checkpoints" / str(step))
                     state = program.to_stages(state, config)
             if signal_number:
                 checkpointer.wait()
@@ -292,7 +253,7 @@ def train(config: Config, mesh: Mesh, corpus: Corpus, workdir: Path) -> int:
                     "continues"
                 )
                 return 128 + signal_number
-    _summarise(corpus, start, steps, eval_loss, workdir)
+    _summarise(corpus, eval_loss, workdir)
     return 0
 
 
@@ -311,13 +272,8 @@ def _agree(stop: StopSignal, step: int, config: Config) -> int | None:
     return int(np.max(multihost_utils.process_allgather(np.int32(stop.number or 0)))) or None
 
 
-def _summarise(
-    corpus: Corpus, start: int, steps: int, eval_loss: float | None, workdir: Path
-) -> None:
+def _summarise(corpus: Corpus, eval_loss: float | None, workdir: Path) -> None:
     if jax.process_index():
-        return
-    if start >= steps:
-        print(f"{workdir} is at step {start} already; raise train.steps={steps} to continue")
         return
     if eval_loss is not None:
         print(
@@ -336,16 +292,20 @@ def main(argv: list[str] | None = None) -> int:
     request = cli.parse(argv, __doc__ or "")
     config, workdir = request.config, request.workdir
     cli.check_writable(workdir)
-    check_resume(workdir, config)
-    corpus = open_corpus(config.data, vocab_size=config.model.vocab_size, seed=config.train.seed)
+    start = plan_start(workdir, config)
+    data = dataclasses.replace(config.data, tokenizer=start.tokenizer)
+    corpus = open_corpus(data, vocab_size=config.model.vocab_size, seed=config.train.seed)
     mesh = cli.start(request, config)
     check_host_memory(config, mesh)
     kernel = check_attention(config, mesh)
     if jax.process_index() == 0:
-        print(describe(config, mesh, corpus, kernel), flush=True)
+        lines = [describe(config, mesh, corpus, kernel), *describe_start(start, config)]
+        print(*lines, sep="\n", flush=True)
+    if start.step >= config.train.steps:
+        return 0
     try:
         with jax.set_mesh(mesh):
-            return train(config, mesh, corpus, workdir)
+            return train(config, mesh, corpus, workdir, start)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

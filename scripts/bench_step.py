@@ -64,7 +64,7 @@ def jaxpar_worker(name: str, argv: list[str], steps: int, begin: float) -> dict[
     with jax.set_mesh(mesh):
         step = compile_train_step(config, mesh)
         compiling = time.perf_counter() - clock
-        state, _ = start_state(config, None)
+        state = start_state(config, None)
         batch = place(random_batch(config), config, mesh)
         state, values = step(state, batch)
         first_loss = float(values["loss"])

@@ -1,36 +1,31 @@
 """Checkpoints: any mesh to any mesh, what is kept, what a kill leaves, and what is refused."""
 
 import dataclasses
-import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxpar import checkpoint
-from jaxpar.checkpoint import Checkpointer
-from jaxpar.config import (
-    CheckpointConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from jaxpar.checkpoint import Checkpointer, Position, find_checkpoint, load_position, restore_state
+from jaxpar.config import CheckpointConfig, Config, ConfigError, configure
 from jaxpar.tree import named_leaves
+from jaxpar.validation import resolve
+
+DEFAULT = resolve(configure())
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -77,7 +72,7 @@ def mesh_of(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def config_of(**settings) -> Config:
-    return Config(checkpoint=CheckpointConfig(**settings))
+    return dataclasses.replace(DEFAULT, checkpoint=CheckpointConfig(**settings))
 
 
 def small(value: float = 1.0) -> dict[str, jax.Array]:
@@ -85,6 +80,17 @@ def small(value: float = 1.0) -> dict[str, jax.Array]:
 
 
 ABSTRACT = {"weight": jax.ShapeDtypeStruct((8,), jnp.float32)}
+
+
+def at(step: int) -> Position:
+    return Position(step, samples=32 * step, tokens=64 * step)
+
+
+def newest(workdir: Path, abstract: Any = ABSTRACT) -> tuple[Any, Position]:
+    """What a run would go on from."""
+    found = find_checkpoint(workdir, DEFAULT)
+    assert found is not None
+    return restore_state(found, abstract), load_position(found)
 
 
 def steps_in(workdir: Path) -> list[int]:
@@ -97,8 +103,8 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
     workdir = tmp_path_factory.mktemp("saved")
     with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         state = jax.jit(make_state)()
-        checkpointer = Checkpointer(workdir, Config())
-        checkpointer.save(7, state, data={"epoch": 1, "index": 2**40})
+        checkpointer = Checkpointer(workdir, DEFAULT)
+        checkpointer.save(7, state, position=Position(7, 2**40, 2**50))
         checkpointer.close()
     return workdir, {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
 
@@ -124,10 +130,8 @@ def test_restores_onto_another_mesh_bit_for_bit(saved, axes):
     mesh = mesh_of(**axes)
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(make_state)
-        checkpointer = Checkpointer(workdir, Config())
-        state, data = checkpointer.restore(abstract)
-        checkpointer.close()
-    assert data == {"epoch": 1, "index": 2**40}
+        state, position = newest(workdir, abstract)
+    assert position == Position(7, 2**40, 2**50)
     assert isinstance(state.model, Model)
     for name, leaf in named_leaves(state).items():
         assert leaf.dtype == leaves[name].dtype
@@ -139,13 +143,13 @@ def test_restores_onto_another_mesh_bit_for_bit(saved, axes):
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
-    checkpointer = Checkpointer(tmp_path, Config())
+    checkpointer = Checkpointer(tmp_path, DEFAULT)
     weight = jax.random.normal(jax.random.key(0), (512, 1024))
     before = np.array(weight)
-    checkpointer.save(1, {"weight": weight}, data={})
+    checkpointer.save(1, {"weight": weight}, position=at(1))
     jax.block_until_ready(overwrite(weight))
-    restored, _ = checkpointer.restore({"weight": jax.ShapeDtypeStruct((512, 1024), jnp.float32)})
     checkpointer.close()
+    restored, _ = newest(tmp_path, {"weight": jax.ShapeDtypeStruct((512, 1024), jnp.float32)})
     np.testing.assert_array_equal(np.asarray(restored["weight"]), before)
 
 
@@ -155,23 +159,19 @@ def test_keeps_the_newest_and_the_best(tmp_path):
         checkpointer = Checkpointer(tmp_path, config_of(keep=2, keep_best=2))
         for step in steps:
             metrics = None if losses[step] is None else {"eval_loss": losses[step]}
-            checkpointer.save(step, small(step), data={"step": step}, metrics=metrics)
+            checkpointer.save(step, small(step), position=at(step), metrics=metrics)
         checkpointer.close()
     assert steps_in(tmp_path) == [2, 4, 5, 6]
-    checkpointer = Checkpointer(tmp_path, Config())
-    assert checkpointer.latest_step() == 6
-    state, data = checkpointer.restore(ABSTRACT, step=2)
-    assert (data, float(state["weight"][0])) == ({"step": 2}, 2.0)
-    checkpointer.close()
+    second = tmp_path / "checkpoints" / "2"
+    assert load_position(second) == at(2)
+    assert float(restore_state(second, ABSTRACT)["weight"][0]) == 2.0
 
 
 @pytest.mark.parametrize("async_", [True, False])
 def test_keeps_only_the_newest_without_keep_best(tmp_path, async_):
     checkpointer = Checkpointer(tmp_path, config_of(keep=1, async_=async_))
-    assert checkpointer.latest_step() is None
     for step in (1, 2, 3, 3):
-        checkpointer.save(step, small(), data={}, metrics={"eval_loss": step})
-    assert checkpointer.latest_step() == 3
+        checkpointer.save(step, small(), position=at(step), metrics={"eval_loss": step})
     checkpointer.close()
     assert steps_in(tmp_path) == [3]
 
@@ -180,14 +180,15 @@ KILLED = """
 import sys, time
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxpar.checkpoint import Checkpointer
-from jaxpar.config import Config
-checkpointer = Checkpointer(sys.argv[1], Config())
-checkpointer.save(1, {"weight": jnp.full((8,), 1.0)}, data={"step": 1})
+from jaxpar.checkpoint import Checkpointer, Position
+from jaxpar.config import configure
+from jaxpar.validation import resolve
+checkpointer = Checkpointer(sys.argv[1], resolve(configure()))
+checkpointer.save(1, {"weight": jnp.full((8,), 1.0)}, position=Position(1, 32, 64))
 checkpointer.wait()
 # the disk hangs just before the commit
 ocp.PyTreeCheckpointHandler.finalize = lambda *_: time.sleep(60)
-checkpointer.save(2, {"weight": jnp.full((8,), 2.0)}, data={"step": 2})
+checkpointer.save(2, {"weight": jnp.full((8,), 2.0)}, position=Position(2, 64, 128))
 print("saving", flush=True)
 time.sleep(60)
 """
@@ -208,12 +209,10 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").glob("2*")] == [
         "2.orbax-checkpoint-tmp"
     ]
-    checkpoint.check_resume(tmp_path, Config())
-    checkpointer = Checkpointer(tmp_path, Config())
-    assert checkpointer.latest_step() == 1
-    state, data = checkpointer.restore(ABSTRACT)
-    assert (data, float(state["weight"][0])) == ({"step": 1}, 1.0)
-    checkpointer.save(2, small(3.0), data={"step": 2})
+    checkpointer = Checkpointer(tmp_path, DEFAULT)
+    state, position = newest(tmp_path)
+    assert (position, float(state["weight"][0])) == (at(1), 1.0)
+    checkpointer.save(2, small(3.0), position=at(2))
     checkpointer.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -221,186 +220,146 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
 @pytest.fixture
 def used(tmp_path) -> Path:
     """A workdir with checkpoints of steps 1 and 2."""
-    checkpointer = Checkpointer(tmp_path / "used", Config())
+    checkpointer = Checkpointer(tmp_path / "used", DEFAULT)
     for step in (1, 2):
-        checkpointer.save(step, small(step), data={"step": step})
+        checkpointer.save(step, small(step), position=at(step))
     checkpointer.close()
     return tmp_path / "used"
 
 
-def test_a_checkpoint_of_another_model_is_refused(used):
-    saved = checkpoint.saved_config(used)
-    assert saved == json.loads(json.dumps(dataclasses.asdict(Config())))
-    checkpoint.check_resume(
-        used, dataclasses.replace(Config(), train=dataclasses.replace(Config().train, steps=1))
+def test_a_checkpoint_knows_its_run(used):
+    directory = used / "checkpoints" / "2"
+    assert checkpoint.load_config(directory) == DEFAULT
+    assert checkpoint.load_position(directory) == at(2)
+    assert checkpoint.of_workdir(directory, used) and checkpoint.run_of(directory) == used
+    (directory / "data" / "metadata").write_text('{"samples": 16}')  # by an older version
+    assert checkpoint.load_position(directory) == Position(2, 16, None)
+    (directory / "config" / "metadata").write_text('{"model": {"width": 1}}')
+    with pytest.raises(ConfigError, match=r"2/config: unknown config field 'model.width'"):
+        checkpoint.load_config(directory)
+    (directory / "config" / "metadata").write_text("")
+    with pytest.raises(ConfigError, match="config/metadata"):
+        checkpoint.load_config(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "words.model"])
+def test_a_checkpoint_carries_its_tokenizer(tmp_path, name):
+    (tmp_path / name).write_bytes(b"any content: it is not read")
+    config = dataclasses.replace(
+        DEFAULT, data=dataclasses.replace(DEFAULT.data, tokenizer=str(tmp_path / name))
     )
-    other = Config(model=ModelConfig(dim=256, rope_theta=5e5), data=DataConfig(tokenizer="bytes"))
-    with pytest.raises(ConfigError) as error:
-        checkpoint.check_resume(used, other)
-    for text in (
-        "model.dim: checkpoint 512, config 256",
-        "model.rope_theta: checkpoint 10000.0, config 500000.0",
-        "data.tokenizer: checkpoint gpt2, config bytes",
-        "--workdir",
-    ):
-        assert text in str(error.value)
-
-
-OTHER_DATA = dict(
-    source="tinystories",
-    text_field="story",
-    sequence_length=128,
-    packing=False,
-    validation_fraction=0.1,
-    validation_source="val.txt",
-)
-
-
-@pytest.mark.parametrize("field", [*OTHER_DATA, "seed"])
-def test_a_run_goes_on_with_its_own_data_only(used, tmp_path, field):
-    config = Config()
-    if field == "seed":
-        config, change = (
-            dataclasses.replace(config, train=TrainConfig(seed=1)),
-            "train.seed: checkpoint 0, config 1",
-        )
-    else:
-        value = OTHER_DATA[field]
-        config = dataclasses.replace(config, data=DataConfig(**{field: value}))
-        change = f"data.{field}: checkpoint {getattr(DataConfig(), field)}, config {value}"
-    with pytest.raises(ConfigError, match=rf"{change}\nuse the same .*checkpoint.restore={used}"):
-        checkpoint.check_resume(used, config)
-    elsewhere = dataclasses.replace(config, checkpoint=CheckpointConfig(restore=str(used)))
-    checkpoint.check_resume(tmp_path / "fresh", elsewhere)
-    assert checkpoint.other_data(used / "checkpoints" / "2", elsewhere) == [change]
-
-
-def write_text(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    for n, part in enumerate(text.split("|")):
-        (folder / f"{n}.txt").write_text(part)
-    return folder / "*.txt"
-
-
-def write_shards(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    (folder / "manifest.json").write_text('{"dtype": "uint16"}')
-    for name, part in zip(("train_0", "train_1", "val_0"), text.split("|"), strict=True):
-        np.array(list(part.encode()), np.uint16).tofile(folder / f"{name}.bin")
-    return folder
-
-
-@pytest.mark.parametrize("write", [write_text, write_shards])
-def test_a_corpus_that_has_moved_is_the_same(tmp_path, write):
-    """Its content decides; of a name there is no content to compare, and older checkpoints do not
-    know theirs."""
-    text = "one|two|three"
-
-    def config(source: Path | str, validation: str = "") -> Config:
-        return Config(data=DataConfig(source=str(source), validation_source=str(validation)))
-
-    here, held = write(tmp_path / "here", text), tmp_path / "held.txt"
-    held.write_text("held out")
-    checkpointer = Checkpointer(tmp_path / "run", config(here, held))
-    checkpointer.save(1, small(1), data={})
+    checkpointer = Checkpointer(tmp_path / "run", config)
+    (tmp_path / name).unlink()
+    checkpointer.save(1, small(), position=at(1))
     checkpointer.close()
-    there = write(tmp_path / "there", text)
-    held_there = held.rename(tmp_path / "moved.txt")
-    checkpoint.check_resume(tmp_path / "run", config(there, held_there))
-    others = {
-        "edited": config(write(tmp_path / "edited", "one|twO|three"), held_there),
-        "in another order": config(write(tmp_path / "ordered", "two|one|three"), held_there),
-        "a name": config("stories", held_there),
-        "no longer given": config(there),
-    }
-    if write is write_shards:
-        (there / "manifest.json").unlink()
-        others["without its manifest"] = config(there, held_there)
-    for why, other in others.items():
-        with pytest.raises(
-            ConfigError, match=r"is in the middle of other data:\n  data\.(validation_)?source: "
-        ):
-            checkpoint.check_resume(tmp_path / "run", other)
-            pytest.fail(why)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "1" / "corpus")
-    with pytest.raises(ConfigError, match=r"data.source: checkpoint"):
-        checkpoint.check_resume(
-            tmp_path / "run", config(write(tmp_path / "older", text), held_there)
-        )
-
-
-def test_what_a_run_may_change(used):
-    """Everything but the model, the data and the order of both."""
-    config = Config(
-        data=DataConfig(prefetch=7),
-        train=TrainConfig(
-            steps=7, batch_size=64, microbatches=4, eval_every=3, eval_batches=1, z_loss=1e-4
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        parallel=ParallelConfig(gather="per_step"),
-        memory=MemoryConfig(remat="full"),
-    )
-    checkpoint.check_resume(used, config)
+    copy = checkpoint.carried_tokenizer(tmp_path / "run" / "checkpoints" / "1")
+    assert copy is not None and copy.name == "tokenizer" + Path(name).suffix
+    assert copy.read_bytes() == b"any content: it is not read"
+    second = Checkpointer(tmp_path / "other", config, str(copy))
+    shutil.rmtree(tmp_path / "run")
+    second.save(1, small(), position=at(1))
+    second.close()
+    copy = checkpoint.carried_tokenizer(tmp_path / "other" / "checkpoints" / "1")
+    assert copy is not None and copy.read_bytes() == b"any content: it is not read"
 
 
 def test_restore_none_and_paths(used, tmp_path):
     fresh = tmp_path / "fresh"
-    assert checkpoint.saved_config(fresh) is None
-    assert checkpoint.find_checkpoint(fresh, config_of(restore="none")) is None
+    assert find_checkpoint(fresh, config_of(restore="none")) is None
     with pytest.raises(ConfigError, match=r"steps 1, 2 and checkpoint\.restore=none"):
-        checkpoint.check_resume(used, config_of(restore="none"))
+        find_checkpoint(used, config_of(restore="none"))
     for path in (used, used / "checkpoints", used / "checkpoints" / "2"):
-        assert (
-            checkpoint.find_checkpoint(fresh, config_of(restore=str(path)))
-            == used / "checkpoints" / "2"
-        )
+        config = config_of(restore=str(path))
+        assert find_checkpoint(fresh, config) == used / "checkpoints" / "2"
+        assert find_checkpoint(used, config) == used / "checkpoints" / "2"  # and so goes on
     with pytest.raises(ConfigError, match=f"{tmp_path}/nothing holds no checkpoints"):
-        checkpoint.check_resume(fresh, config_of(restore=f"{tmp_path}/nothing"))
-    checkpointer = Checkpointer(fresh, config_of(restore=str(used)))
-    assert float(checkpointer.restore(ABSTRACT)[0]["weight"][0]) == 2.0
-    checkpointer.save(9, small(9.0), data={})  # once it has its own, a restart continues from those
-    assert float(checkpointer.restore(ABSTRACT)[0]["weight"][0]) == 9.0
+        find_checkpoint(fresh, config_of(restore=f"{tmp_path}/nothing"))
+
+
+def test_a_path_to_restore_is_not_ignored_in_a_used_workdir(used, tmp_path):
+    """A run that began from it goes on, also when that is gone; another is refused."""
+    fresh, restoring = tmp_path / "fresh", config_of(restore=str(used))
+    checkpointer = Checkpointer(fresh, restoring)
+    checkpointer.save(9, small(9.0), position=at(9))
     checkpointer.close()
+    assert find_checkpoint(fresh, restoring) == fresh / "checkpoints" / "9"
+    first = config_of(restore=str(used / "checkpoints" / "1"))
+    for workdir, steps in ((used, "1, 2"), (fresh, "9")):
+        with pytest.raises(
+            ConfigError, match=rf"of steps {steps}, which did not begin from .*another --workdir"
+        ):
+            find_checkpoint(workdir, first)
+    shutil.rmtree(used)
+    assert find_checkpoint(fresh, restoring) == fresh / "checkpoints" / "9"
 
 
 def test_damaged_checkpoints_are_named(used):
-    newest = used / "checkpoints" / "2"
-    checkpointer = Checkpointer(used, Config())
-    with pytest.raises(
-        ConfigError, match="checkpoints/5 holds no complete checkpoint; complete steps: 1, 2"
-    ):
-        checkpointer.restore(ABSTRACT, step=5)
-    with pytest.raises(ConfigError, match=r"weight: checkpoint \(8,\), wanted \(4,\)"):
-        checkpointer.restore({"weight": jax.ShapeDtypeStruct((4,), jnp.float32)})
-    with pytest.raises(
-        ConfigError, match=r"(?s)weight: only in the checkpoint.*bias: not in the checkpoint"
-    ):
-        checkpointer.restore({"bias": ABSTRACT["weight"]})
+    newest_one = used / "checkpoints" / "2"
 
-    def refuses(text: str):
+    def refuses(text: str, abstract: Any = ABSTRACT):
         with pytest.raises(ConfigError, match=text):
-            checkpointer.restore(ABSTRACT)
+            newest(used, abstract)
 
-    chunk = newest / "state" / "weight" / "0"
+    four = {"weight": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    refuses(r"weight: checkpoint \(8,\), wanted \(4,\)", four)
+    other = {"bias": ABSTRACT["weight"]}
+    refuses(r"(?s)weight: only in the checkpoint.*bias: not in the checkpoint", other)
+    chunk = newest_one / "state" / "weight" / "0"
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[:5])
-    refuses(rf"cannot restore {newest}: (?s:.*)complete steps: 1, 2")
+    refuses(rf"cannot restore {newest_one}: (?s:.*)complete steps: 1, 2; delete this one")
     chunk.unlink()
-    refuses(f"cannot restore {newest}")
-    (newest / "state" / "_METADATA").write_text("{")
-    refuses(f"cannot restore {newest}")
-    shutil.rmtree(newest / "state")
-    refuses(f"{newest} is incomplete; complete steps: 1; delete it to use 1")
-    assert float(checkpointer.restore(ABSTRACT, step=1)[0]["weight"][0]) == 1.0
-    checkpointer.close()
-    (used / "checkpoints" / "1" / "config" / "metadata").write_text("")
-    with pytest.raises(ConfigError, match="config/metadata"):
-        checkpoint.saved_config(used)
+    refuses(f"cannot restore {newest_one}")
+    (newest_one / "state" / "_METADATA").write_text("{")
+    refuses(f"cannot restore {newest_one}")
+    shutil.rmtree(newest_one / "state")
+    refuses(f"{newest_one} is incomplete; complete steps: 1; delete it to use 1")
+    assert restore_state(used / "checkpoints" / "1", ABSTRACT)["weight"][0] == 1.0
+
+
+FULL = "INTERNAL: RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (jax.errors.JaxRuntimeError(FULL), jax.errors.JaxRuntimeError),
+        (MemoryError(), MemoryError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (PermissionError(13, "Permission denied", "state/weight/0"), ConfigError),
+        (ValueError("PERMISSION_DENIED: Error opening state/weight/0"), ConfigError),
+        (ValueError("RESOURCE_EXHAUSTED: memory pool"), ConfigError),
+        (OSError(5, "Input/output error"), ConfigError),
+        (OSError(28, "No space left on device"), ConfigError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_other_troubles_are_not_put_down_to_the_checkpoint(used, monkeypatch, error, told):
+    """Deleting it would mend none of them."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+    with pytest.raises(told) as caught:
+        newest(used)
+    assert "delete" not in str(caught.value)
+    assert told is not ConfigError or str(error) in str(caught.value)
+
+
+def test_a_checkpoint_that_may_not_be_read(used):
+    chunk = used / "checkpoints" / "2" / "state" / "weight" / "0"
+    chunk.chmod(0)
+    if os.access(chunk, os.R_OK):
+        pytest.skip("root may read everything")
+    with pytest.raises(ConfigError, match="can't be read"):
+        newest(used)
 
 
 def test_judging_a_workdir_imports_no_jax(used):
     code = (
-        "import sys; from jaxpar import checkpoint, config; "
-        f"checkpoint.check_resume({str(used)!r}, config.Config()); sys.exit('jax' in sys.modules)"
+        "import sys, pathlib; from jaxpar import config, resume, validation; "
+        f"resume.plan_start(pathlib.Path({str(used)!r}), "
+        "validation.resolve(config.configure())); sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpar.checkpoint import Checkpointer, locate, restore_state
+from jaxpar.checkpoint import Checkpointer, Position, locate, restore_state
 from jaxpar.compile import abstract_state, check_host_memory, compile_train_step
 from jaxpar.config import ConfigError, MeshConfig, configure
 from jaxpar.data.batches import Batch, place
@@ -91,7 +91,7 @@ def test_a_checkpoint_comes_back_into_the_memory_that_is_asked_for(tmp_path, sav
     mesh = make_mesh(SIZES, jax.devices()[:4])
     state = two_steps(make_config(saved), mesh)
     checkpointer = Checkpointer(tmp_path, make_config(saved))
-    checkpointer.save(2, state, data={})
+    checkpointer.save(2, state, position=Position(2, 8, 0))
     checkpointer.close()
     target = abstract_state(
         make_config(wanted), make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpar import cli, generate
 from jaxpar.attention import TokenInfo
-from jaxpar.checkpoint import Checkpointer
+from jaxpar.checkpoint import Checkpointer, Position
 from jaxpar.config import Config, ConfigError, MeshConfig, configure
 from jaxpar.data.tokenizer import load_tokenizer
 from jaxpar.generate import Sampling, sample
@@ -55,7 +55,7 @@ def save(workdir: Path, config: Config) -> Path:
         head[:, [*range(32), *range(127, 320)]] = 0
         state.model.head[...] = jnp.asarray(head)
         checkpointer = Checkpointer(workdir, config)
-        checkpointer.save(5, state, data={"samples": 40})
+        checkpointer.save(5, state, position=Position(5, 40, 0))
         checkpointer.close()
     return workdir
 
@@ -183,6 +183,63 @@ def test_eot_ends_each_sample_by_itself(capsys):
     assert texts == [">ab\n", ">\n", ">ijkl\n", ">mnopq\n"]
 
 
+def metaspace(path: Path) -> Path:
+    """A tokenizer.json whose words begin with a mark for the space before them, which the first
+    word of a text loses."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    words = ["<unk>", "</s>", "▁Once", "▁upon", "▁a", "▁time"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_first_word_keeps_its_space(tmp_path, capsys, samples):
+    tokenizer = load_tokenizer(str(metaspace(tmp_path / "tokenizer.json")))
+    ids = tokenizer.encode("Once upon").tolist()
+    assert ids == [2, 3] and tokenizer.decode([4, 5]) == "a time"
+    tokens = draws(*[bytes([4, 5])] * samples)
+    generate.print_samples(tokens, tokenizer, "Once upon", samples, ids)
+    assert capsys.readouterr().out.count("Once upon a time\n") == samples
+    generate.print_samples(draws(bytes([4, 5])), tokenizer, "", 1, [tokenizer.eot])
+    assert capsys.readouterr().out == "a time\n"
+
+
+def test_the_tokenizer_of_a_checkpoint(run, tmp_path, capsys, monkeypatch):
+    """The one it carries, wherever the run's has gone; a flag takes another, and it is told. A
+    prompt that is no token begins a document."""
+    file = metaspace(tmp_path / "tokenizer.json")
+    config = config_of()
+    data = dataclasses.replace(config.data, tokenizer=str(file))
+    save(tmp_path / "run", dataclasses.replace(config, data=data))
+    other = file.rename(tmp_path / "other.json")
+    prompts = []
+
+    def answer(model, prompt, **_):
+        prompts.append(prompt.tolist())
+        return draws(bytes([4, 5]))
+
+    monkeypatch.setattr(generate, "generate", answer)
+    main = [f"--checkpoint={tmp_path / 'run'}"]
+    assert generate.main([*main, "--prompt=Once"]) == 0
+    assert generate.main([*main, "--prompt= "]) == 0
+    assert generate.main([*main, "--prompt=Once", f"--tokenizer={other}"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "Once a time\n a time\nOnce a time\n" and output.err == ""
+    assert prompts == [[2], [1], [2]]
+    assert generate.main([*main, "--tokenizer=bytes"]) == 0
+    assert "warning: --tokenizer=bytes is not the tokenizer of" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"data.tokenizer='gpt2' has 50257 ids, more than"):
+        generate.main([*main, "--tokenizer=gpt2"])
+
+
 def test_no_more_is_drawn_when_all_have_ended(capsys):
     tokens = draws([*b"a", BYTES.eot, *b"bc"], [BYTES.eot, *b"def"])
     generate.print_samples(tokens, BYTES, "", 2)
@@ -263,7 +320,7 @@ def test_draws_are_of_each_row():
         (("--max_tokens=0",), ("--max_tokens=0", "at least 1")),
         (("--samples=-1",), ("--samples=-1", "at least 1")),
         (("--seed=99999999999999999999",), ("--seed=99999999999999999999",)),
-        (("--max_token=3",), ("--max_token", "Did you mean max_tokens?")),
+        (("--max_token=3",), ("--max_token", "Did you mean --max_tokens?")),
         (("--mesh.sequence=2",), ("mesh.sequence=2", "use 1")),
         (("--mesh.sequence=8",), ("mesh.sequence=8", "use 1")),
         (("--mesh.tensor=8",), ("model.heads=4 is not divisible by mesh.tensor=8", "{1, 2}")),

@@ -22,13 +22,14 @@ COMMANDS = {"train", "verify", "plan", "explain", "prepare", "generate", "__main
 # The core, which is flat: a module may import those above its line, not those beside it.
 CORE = """
     hints
-    config tree
+    config tree watchdog
     dimensions
     show validation xla parameters
     sharding optimizer
     config_file
     cli metrics
     checkpoint
+    resume
     attention loss
     model
     program
@@ -60,6 +61,8 @@ STRICTER = {
     "tree": set(),
     "dimensions": {"config"},
     "parameters": {"config", "dimensions"},
+    "watchdog": set(),
+    "resume": {"config", "checkpoint", "data"},
     "parallel/timetable": set(),
     "report/hlo": set(),
     "report/apart": {"config", "estimate"},
@@ -108,7 +111,7 @@ NO_JAX = (
 )
 """What runs before jax starts: `--help`, a wrong flag, and the planner."""
 
-OPTIONS = 71
+OPTIONS = 72
 """Fields of the config. Raise it only for an option that cannot be derived from the others."""
 
 TESTED_BY = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -49,6 +50,12 @@ class FakeTime:
     def perf_counter(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return 1e9 + self.now
+
+    def strftime(self, _: str) -> str:
+        return "12:00:00"
+
 
 @pytest.fixture
 def clock(monkeypatch) -> FakeTime:
@@ -87,10 +94,12 @@ def test_rows_hold_every_field_and_are_read_one_step_late(tmp_path, clock):
     assert [row["step"] for row in rows] == [2, 4, 5]  # the last step of the run always has one
     assert rows[1] == {
         "step": 4,
+        "time": 1e9 + 108.0,
         "loss": 4.0,
         "grad_norm": 0.5,
         "learning_rate": pytest.approx(3e-4),
         "skipped": 0,
+        "epoch": None,
         "tokens": 4 * TOKENS,
         "tokens_per_second": TOKENS / 2,
         "step_seconds": 2.0,
@@ -129,10 +138,29 @@ def test_an_evaluation_has_its_own_row(tmp_path):
     with Metrics(tmp_path, config_of(), ONE) as writer:
         writer.evaluation(3, 2.0)
         writer.evaluation(4, 1000.0)
-    assert rows_of(tmp_path) == [
+    rows = rows_of(tmp_path)
+    assert all(abs(row.pop("time") - time.time()) < 60 for row in rows)
+    assert rows == [
         {"step": 3, "eval_loss": 2.0, "eval_perplexity": pytest.approx(math.exp(2))},
         {"step": 4, "eval_loss": 1000.0, "eval_perplexity": None},
     ]
+
+
+def test_padding_is_not_counted(tmp_path, clock, h100):
+    """Of batches with 100, 300, 200 and 400 tokens, after a run that saw 1000 in 4 batches of 8."""
+    config = config_of(steps=8, every=2)
+    position = dict(start_step=4, start_samples=32, start_tokens=1000)
+    with Metrics(tmp_path, config, ONE, **position, windows=64) as writer:
+        for step, tokens in ((5, 100), (6, 300), (7, 200), (8, 400)):
+            writer.step(step, values_of(1.0), tokens)
+            assert writer.tokens == {5: 1100, 6: 1400, 7: 1600, 8: 2000}[step]
+            clock.now += 0.5
+    first, second = rows_of(tmp_path)
+    assert (first["tokens"], second["tokens"]) == (1400, 2000)
+    assert (first["epoch"], second["epoch"]) == (48 / 64, 1.0)
+    assert (first["tokens_per_second"], second["tokens_per_second"]) == (600, 600)
+    flops = counts.step_flops(config).per_step / TOKENS
+    assert second["mfu"] == pytest.approx(flops * 600 / 989.4e12)
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -186,20 +214,38 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_plain_lines(tmp_path, clock, capsys, h100):
-    with Metrics(tmp_path, config_of(steps=600, every=2), ONE) as writer:
+    with Metrics(tmp_path, config_of(steps=600, every=2), ONE, windows=16, began=40.0) as writer:
         for step in range(1, 5):
             writer.step(step, values_of(math.pi, skipped=step // 4))
             clock.now += 0.5
         writer.flush()
         writer.evaluation(4, 2.0)
-        writer.line("saved")
+        writer.checkpoint(4, Path("run/checkpoints/4"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "step 2/600  loss 3.1416  grad_norm 0.50  lr 3.0e-04  4,096 tokens/s  mfu "
+        "12:00:00  step 2/600  loss 3.1416  grad_norm 0.50  lr 3.0e-04  epoch 1.00  4,096 tokens/s"
+        "  mfu "
     )
-    assert lines[0].endswith("%  eta 4:59")
-    assert "  skipped 1  eta 4:58" in lines[1]
-    assert lines[2:] == ["step 4/600  eval_loss 2.0000  ppl 7.39", "saved"]
+    assert lines[0].endswith("%  elapsed 1:01  eta 4:59")
+    assert "  skipped 1  elapsed 1:02  eta 4:58" in lines[1]
+    assert lines[2:] == [
+        "12:00:00  step 4/600  eval_loss 2.0000  ppl 7.39",
+        "12:00:00  step 4/600  checkpoint run/checkpoints/4  (written in the background)",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_its_time_is_announced(clock, capsys, monkeypatch, terminal):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    with metrics.announced("compiling"):
+        if not terminal:
+            assert capsys.readouterr().out == "12:00:00  compiling ...\n"
+        clock.now += 12.5
+    assert "12:00:00  compiling took 12.5 s\n" in capsys.readouterr().out
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with metrics.announced("compiling"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from test_parity import (
 
 from jaxpar import program, verify
 from jaxpar import train as command
-from jaxpar.checkpoint import Checkpointer, restore_state
+from jaxpar.checkpoint import Checkpointer, Position, restore_state
 from jaxpar.compile import abstract_state
 from jaxpar.config import ConfigError, MeshConfig, configure
 from jaxpar.data.batches import Batch, abstract_batch, place
@@ -229,7 +229,7 @@ def test_a_pipeline_of_chunks_resumes_without_and_back(text, tmp_path):  # noqa:
 
     with jax.set_mesh(meshes[0]):
         mesh = meshes[0]
-        state, _ = command.start_state(config, None)
+        state = command.start_state(config, None)
         batch = Batch(*(x.reshape(4, 4, -1) for x in first_batch(verify.reference_config(config))))
         placed = place(batch, config, mesh)
         state, _ = jax.jit(make_train_step(config))(state, placed)
@@ -242,10 +242,10 @@ def test_a_pipeline_of_chunks_resumes_without_and_back(text, tmp_path):  # noqa:
     ):  # each saves what the one before saved
         with jax.set_mesh(mesh):
             if n:
-                state, _ = command.start_state(config, tmp_path / str(n - 1) / "checkpoints" / "1")
+                state = command.start_state(config, tmp_path / str(n - 1) / "checkpoints" / "1")
                 state = program.to_network(state, config)
             saver = Checkpointer(tmp_path / str(n), config)
-            saver.save(1, state, data={"samples": 16})
+            saver.save(1, state, position=Position(1, 16, 0))
             saver.close()
     with jax.set_mesh(meshes[1]):
         found = leaves(
@@ -276,7 +276,7 @@ def test_state_of_any_optimizer_has_the_order_of_the_network(text, optimizer, mo
         mesh = make_mesh(sizes, jax.devices()[: sizes.devices])
         validate_mesh(config, sizes)
         with jax.set_mesh(mesh):
-            state, _ = command.start_state(config, None)
+            state = command.start_state(config, None)
             batch = Batch(
                 *(x.reshape(4, 4, -1) for x in first_batch(verify.reference_config(config)))
             )

@@ -25,7 +25,7 @@ import pytest
 
 from jaxpar import checkpoint, cli
 from jaxpar import train as command
-from jaxpar.config import AXES, Config, MeshConfig
+from jaxpar.config import AXES, Config, ConfigError, MeshConfig
 from jaxpar.data import batches as loading
 from jaxpar.data.corpus import open_corpus
 from jaxpar.sharding import make_mesh
@@ -209,7 +209,7 @@ def test_the_rows_of_metrics(whole):
 def test_the_rows_of_evaluation(whole):
     first, second = (row for row in all_rows(whole.workdir) if "loss" not in row)
     assert (first["step"], second["step"]) == (10, 20)
-    assert first.keys() == second.keys() == {"step", "eval_loss", "eval_perplexity"}
+    assert first.keys() == second.keys() == {"step", "time", "eval_loss", "eval_perplexity"}
     assert second["eval_perplexity"] == pytest.approx(math.exp(second["eval_loss"]))
     assert second["eval_loss"] < first["eval_loss"] < math.log(320)
 
@@ -226,6 +226,8 @@ def test_what_a_run_says(whole):
             "unigram entropy",
             "step 20/20  loss",
             "step 10/20  eval_loss",
+            "compiling the training step took",
+            f"step 10/20  checkpoint {whole.workdir}/checkpoints/10",
             "final validation loss",
             str(whole.workdir),
         ),
@@ -315,35 +317,83 @@ def test_steps_already_reached(train, whole, capsys, tmp_path):
         assert train(tmp_path / "run", *MESH) == 0
     assert "is at step 20 already" in capsys.readouterr().out
     assert (fed, files(tmp_path / "run")) == ({}, before)
+    assert train(tmp_path / "run", *MESH, "--config.log.every=2") == 0
+    assert files(tmp_path / "run") == before, "config.json is of the run that did something"
 
 
 def test_another_batch_size_goes_on_with_the_next_sample(train, whole, tmp_path):
     shutil.copytree(whole.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
-    flags = (*MESH, "--config.train.steps=15", "--config.train.eval_every=0")
+    allow = "--config.checkpoint.allow_changes=true"
+    flags = (*MESH, "--config.train.eval_every=0", "--config.train.batch_size=16")
+    steps = "--config.train.steps=15"
+    before = files(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"(?s)batch_size: checkpoint 8.*allow_changes"):
+        train(tmp_path / "run", *flags, steps)
+    assert files(tmp_path / "run") == before, "a refused start has written"
     with watched() as fed:
-        assert train(tmp_path / "run", *flags, "--config.train.batch_size=16") == 0
+        assert train(tmp_path / "run", *flags, steps, allow) == 0
     expected = np.concatenate([whole.fed[number] for number in range(11, 21)])
     np.testing.assert_array_equal(np.concatenate(list(fed.values())), expected)
     found = rows(tmp_path / "run")
     assert list(found) == list(range(1, 16))
     assert [found[step]["tokens"] for step in (10, 11, 15)] == [10 * 256, 12 * 256, 20 * 256]
     with pytest.raises(
-        command.ConfigError, match=r"train.batch_size=24 .*160 samples.*use one of 10, 16, 20, 32"
+        ConfigError, match=r"train.batch_size=24 .*160 samples.*use one of 10, 16, 20, 32"
     ):
         train(
             tmp_path / "run",
             "--mesh.data=8",
             "--config.train.batch_size=24",
             "--config.train.steps=16",
+            allow,
         )
+
+
+def test_a_resumed_run_says_what_has_changed(train, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole.workdir, run)
+    changes = ("--config.train.steps=21", "--config.optimizer.learning_rate=6e-3")
+    assert train(run, *MESH, *changes, "--config.data.validation_fraction=0.1") == 0
+    assert (
+        f"continuing from step 20 of {run}; changed since: train.steps 20 -> 21, "
+        "optimizer.learning_rate 0.003 -> 0.006\n"
+        "learning rate of the next step 5.11e-05 (without these changes 0)\n"
+    ) in capsys.readouterr().out
+
+
+def test_padding_is_not_counted(train, tmp_path, config_file, capsys):
+    flags = ("--config.data.packing=false", "--config.train.eval_every=0", "--config.log.every=2")
+    steps = ("--config.train.steps=4", "--config.checkpoint.every=2")
+    config = cli.parse([f"--config={config_file}", flags[0]], "").config
+    windows = open_corpus(config.data, vocab_size=320, seed=0).train
+    assert train(tmp_path, *MESH, *flags, *steps) == 0
+    assert f"{windows.padding:.0%} of them are padding" in capsys.readouterr().out
+    expected = [
+        sum(int((loading.load_batch(config, windows, n).segments > 0).sum()) for n in range(step))
+        for step in (2, 4, 6)
+    ]
+    assert [row["tokens"] for row in rows(tmp_path).values()] == expected[:2]
+    assert train(tmp_path, *MESH, *flags, "--config.train.steps=6") == 0
+    assert rows(tmp_path)[6]["tokens"] == expected[2]
+
+
+FLOAT16 = ("--config.precision.compute=float16", "--config.precision.loss_scale=65536")
+
+
+def test_the_loss_scale_after_a_change_of_precision(train, whole, tmp_path):
+    """It begins where the checkpoint searched for none, and is nothing where none is wanted."""
+    shutil.copytree(whole.workdir, tmp_path / "run")
+    for number, (flags, scale) in enumerate([(FLOAT16, 65536), ((), 1)], 21):
+        steps = f"--config.train.steps={number}"
+        assert train(tmp_path / "run", *MESH, *flags, steps) == 0
+        assert rows(tmp_path / "run")[number].get("loss_scale", 1) == scale
+        assert state_of(tmp_path / "run", number)["loss_scale"] in (scale, scale / 2)
 
 
 def test_restoring_from_another_run(train, killed, whole, tmp_path):
     before, restore = files(killed), f"--config.checkpoint.restore={killed}"
-    with pytest.raises(
-        command.ConfigError, match=r"train.batch_size=24 does not divide the 80 samples"
-    ):
+    with pytest.raises(ConfigError, match=r"train.batch_size=24 does not divide the 80 samples"):
         train(tmp_path / "run", restore, "--config.train.batch_size=24")
     assert not (tmp_path / "run").exists(), "a refused start has written"
     assert train(tmp_path / "run", *MESH, restore) == 0
@@ -359,7 +409,7 @@ def test_other_data_is_refused_or_begun_afresh(train, killed, tmp_path):
     """The position in the data of a run means nothing in another order of it."""
     before, seed, fresh = files(killed), "--config.train.seed=3", tmp_path / "fresh"
     with pytest.raises(
-        command.ConfigError, match=rf"train.seed: checkpoint 0, config 3\n.*restore={killed}"
+        ConfigError, match=rf"train.seed: checkpoint 0, config 3\n.*restore={killed}"
     ):
         train(killed, *MESH, seed)
     assert files(killed) == before, "a refused start has written"

@@ -90,3 +90,16 @@ def test_synthetic_windows() -> None:
     again = open_corpus(config, vocab_size=7, seed=0).train.load([9, 5])
     assert (again.tokens[1] == window.tokens).all() and isinstance(one.train, SyntheticWindows)
     assert one.tokenizer is None and one.unigram_entropy is None
+
+
+def test_tokens_without_padding() -> None:
+    """As many as have a segment, packed or not."""
+    stream = Stream([np.array([5, 6, 9, 5, 6, 7, 8, 9, 5, 9])])  # 9 ends a document
+    for packing in (True, False):
+        windows = Windows(stream, sequence_length=3, eot=9, vocab_size=10, packing=packing)
+        counts = windows.tokens(np.arange(len(windows)))
+        loaded = windows.load(range(len(windows)))
+        assert counts.tolist() == (loaded.segments > 0).sum(1).tolist()
+        assert windows.padding == pytest.approx((loaded.segments == 0).mean())
+    synthetic = SyntheticWindows(count=8, first=0, sequence_length=4, vocab_size=9, seed=0)
+    assert synthetic.tokens([1, 5]).tolist() == [4, 4] and synthetic.padding == 0

@@ -77,6 +77,16 @@ def batch_indices(windows: Windows, *, seed: int, batch_size: int, step: int) ->
     return _order(windows, seed)(np.arange(step * batch_size, (step + 1) * batch_size))
 
 
+def batch_tokens(config: Config, windows: Windows, number: int) -> int:
+    """Tokens of text in batch `number` of a run, over all processes. Packed windows are full, but
+    for the last of the text, which is not looked for."""
+    train = config.train
+    if config.data.packing:
+        return train.batch_size * windows.sequence_length
+    indices = batch_indices(windows, seed=train.seed, batch_size=train.batch_size, step=number)
+    return int(windows.tokens(indices).sum())
+
+
 def evaluation_batches(
     windows: Windows,
     *,

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpar.config import ConfigError, DataConfig
 from jaxpar.data.shards import Stream, legal_sizes, open_shards, read_as
-from jaxpar.data.sources import Source, batched, content_mark, documents, find_source
+from jaxpar.data.sources import NAMED, Source, batched, content_mark, documents, find_source
 from jaxpar.data.tokenizer import Tokenizer, encode_documents, load_tokenizer, tokenizer_mark
 from jaxpar.data.windows import SyntheticWindows, Windows
 
@@ -104,8 +104,9 @@ def marks(config: DataConfig) -> dict[str, str | None]:
     """
     if config.source == "synthetic":
         return {}
-    source = find_source(config.source)
-    shards = read_as(source.files, config.shard_dtype) if source.shards else "text"
+    shards = "text"
+    if config.source not in NAMED and (source := find_source(config.source)).shards:
+        shards = read_as(source.files, config.shard_dtype)
     return {
         "data.source": content_mark(config.source),
         "data.validation_source": content_mark(config.validation_source, "data.validation_source"),

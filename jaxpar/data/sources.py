@@ -339,8 +339,10 @@ def download(repository: str, name: str, folder: Path, *, endpoint: str | None =
         Exception
     ) as error:  # which HTTP library raises what depends on the version of huggingface_hub
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        message = f"{name} of {repository} can't be downloaded ({reason}); without a network use {OFFLINE}"
-        raise ConfigError(message) from error
+        raise ConfigError(
+            f"{name} of {repository} can't be downloaded ({reason}); without a network use "
+            f"{OFFLINE}"
+        ) from error
     return path
 
 

@@ -7,6 +7,7 @@ characters, so no document can forge the id that ends one.
 
 import base64
 import hashlib
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -215,7 +216,7 @@ class SentencePiece:
 
     def __init__(self, path: Path) -> None:
         try:
-            import sentencepiece
+            sentencepiece = importlib.import_module("sentencepiece")
         except ImportError as error:
             raise ConfigError(
                 f"data.tokenizer='{path}' needs sentencepiece, which is not installed: "

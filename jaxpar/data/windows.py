@@ -75,6 +75,17 @@ class Windows:
         check_ids(int(raw_NT.max(initial=0)), self._vocab_size, f"windows {list(indices)[:8]}")
         return _fields(raw_NT, self._eot)
 
+    def tokens(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Tokens in windows, without padding; int64 [N]."""
+        starts_N, stops_N = self._spans_of(np.asarray(indices, np.int64))
+        return np.minimum(stops_N - starts_N, self.sequence_length)
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in all windows."""
+        tokens = self.tokens(np.arange(len(self))).sum()
+        return 1 - float(tokens) / (len(self) * self.sequence_length)
+
     def _spans_of(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First and last+1 token of windows; int64 [N] each."""
         if self._spans is not None:
@@ -94,6 +105,9 @@ class SyntheticWindows(Windows):
 
     def __len__(self) -> int:
         return self._count
+
+    def _spans_of(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return index_N * 0, index_N * 0 + self.sequence_length + 1
 
     def load(self, indices: Sequence[int] | np.ndarray) -> Window:
         raw_NT = np.empty((len(indices), self.sequence_length + 1), np.int32)
