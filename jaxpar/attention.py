@@ -25,7 +25,7 @@ from jaxpar.sharding import Rules, all_manual
 
 
 _WHOLE_ROWS = 2048
-"""Keys up to which the scores of `rows.CHUNK` queries and all keys are held; beyond, those of
+"""Keys up to which the scores of `rows.STRIP` queries and all keys are held; beyond, those of
 tiles."""
 
 
@@ -213,7 +213,7 @@ def _local(kernel: Kernel | None, x: Operands) -> jax.Array:
     if kernel is not None:
         return _attention(kernel, x)
     S, T = x.q.shape[1], x.k.shape[1]
-    if S <= rows.CHUNK or T <= _WHOLE_ROWS:
+    if S <= rows.STRIP or T <= _WHOLE_ROWS:
         return _attention(_ROWS, x)
     return _attention(_TILES, jax.tree.map(lambda x_BT: _padded(x_BT, tiles.TILE), x))[:, :S]
 

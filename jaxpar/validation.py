@@ -398,7 +398,7 @@ def _validate_context(config: Config, mesh: MeshConfig) -> None:
         raise ConfigError(
             f"data.sequence_length={length} is not divisible by 2 x mesh.sequence = "
             f"{2 * sequence}, which "
-            "parallel.zigzag needs (every device gets an early and a late chunk); use "
+            "parallel.zigzag needs (every device gets an early and a late piece); use "
             "data.sequence_length in "
             f"{_nearest_multiples(length, unit)}, or parallel.zigzag=false"
         )

@@ -371,8 +371,8 @@ def test_marks_of_a_corpus(tmp_path: Path) -> None:
 def test_shards_stay_on_disk(tmp_path: Path) -> None:
     np.zeros(64, np.uint16).tofile(tmp_path / "a.bin")
     stream = open_bytes(tmp_path / "a.bin").train.stream
-    (chunk,) = stream.chunks()
-    base = chunk
+    (piece,) = stream.pieces()
+    base = piece
     while base is not None and not isinstance(base, np.memmap):
         base = base.base
     assert isinstance(base, np.memmap)

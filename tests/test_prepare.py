@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def ids(config: Config, source: Path | str) -> list[list[int]]:
     data = open_corpus(replace(config.data, source=str(source)), vocab_size=257, seed=0)
     return [
-        [int(t) for chunk in windows.stream.chunks() for t in chunk]
+        [int(t) for piece in windows.stream.pieces() for t in piece]
         for windows in (data.train, data.validation)
     ]
 

@@ -60,8 +60,8 @@ def test_stream_reads_across_parts() -> None:
     row = np.empty(6, np.int32)
     stream.read_into(row, 1)
     assert row.tolist() == [2, 3, 4, 5, 6, 7]
-    assert np.concatenate(list(stream.chunks(size=2))).tolist() == list(range(1, 9))
-    assert np.concatenate(list(stream.chunks(limit=4))).tolist() == [1, 2, 3, 4]
+    assert np.concatenate(list(stream.pieces(size=2))).tolist() == list(range(1, 9))
+    assert np.concatenate(list(stream.pieces(limit=4))).tolist() == [1, 2, 3, 4]
 
 
 def test_window_out_of_range() -> None:

@@ -250,7 +250,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
 
 
 def zigzag_tokens(batch: Batch, shards: int) -> Batch:
-    """Every row in head-tail order: cut into 2 x shards chunks, chunks i and 2 x shards - 1 - i go
+    """Every row in head-tail order: cut into 2 x shards pieces, pieces i and 2 x shards - 1 - i go
     to shard i.
 
     A token late in its row sees more keys than an early one, so this shares the causal work out
@@ -266,8 +266,8 @@ def zigzag_tokens(batch: Batch, shards: int) -> Batch:
     if shards == 1:
         return batch
     first = np.arange(shards)
-    chunks = np.stack([first, 2 * shards - 1 - first], axis=1).ravel()
-    order = np.arange(batch.tokens.shape[-1]).reshape(2 * shards, -1)[chunks].ravel()
+    pieces = np.stack([first, 2 * shards - 1 - first], axis=1).ravel()
+    order = np.arange(batch.tokens.shape[-1]).reshape(2 * shards, -1)[pieces].ravel()
     return Batch(*(field[..., order] for field in batch))
 
 

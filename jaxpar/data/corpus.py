@@ -119,8 +119,8 @@ def unigram_entropy(stream: Stream) -> float:
     """Entropy in nats a token of the first 10 million tokens under their own frequencies: the loss
     of a model that has learned how often each token occurs, and nothing else."""
     counts = np.zeros(0, np.int64)
-    for chunk in stream.chunks(ENTROPY_TOKENS):
-        more = np.bincount(chunk, minlength=len(counts))
+    for piece in stream.pieces(ENTROPY_TOKENS):
+        more = np.bincount(piece, minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
     p = counts[counts > 0] / counts.sum()

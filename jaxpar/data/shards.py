@@ -92,7 +92,7 @@ class Stream:
             filled += len(piece)
             index += 1
 
-    def chunks(self, limit: int | None = None, size: int = 1 << 22) -> Iterator[np.ndarray]:
+    def pieces(self, limit: int | None = None, size: int = 1 << 22) -> Iterator[np.ndarray]:
         """The first `limit` tokens in views of at most `size`, each within one part."""
         at, stop = (
             self._start,
@@ -142,7 +142,7 @@ def open_shards(
         documents.append(record.get("documents"))
         largest = record.get("max_id", None)
         if largest is None:
-            largest = max((int(chunk.max()) for chunk in Stream([shard]).chunks(budget)), default=0)
+            largest = max((int(piece.max()) for piece in Stream([shard]).pieces(budget)), default=0)
         check_ids(largest, vocab_size, str(file))
     check_content(digests)
     return Stream(shards, documents=None if None in documents else sum(documents))

@@ -143,9 +143,9 @@ def _document_spans(stream: Stream, sequence_length: int, eot: int) -> np.ndarra
     """First and last+1 token of each window when a window holds one document; int64 [windows,
     2]."""
     ends, at = [np.zeros(0, np.int64)], 0
-    for chunk in stream.chunks():
-        ends.append(np.flatnonzero(chunk == eot) + at + 1)
-        at += len(chunk)
+    for piece in stream.pieces():
+        ends.append(np.flatnonzero(piece == eot) + at + 1)
+        at += len(piece)
     stops = np.concatenate(ends)
     if at and (not len(stops) or stops[-1] != at):
         stops = np.append(stops, at)

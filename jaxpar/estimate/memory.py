@@ -243,7 +243,7 @@ def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     return {name: tokens * count for name, count in elements.items()}
 
 
-_CHUNK, _WHOLE_ROWS = 512, 2048  # in kernels/rows.py and attention.py, which import jax
+_STRIP, _WHOLE_ROWS = 512, 2048  # in kernels/rows.py and attention.py, which import jax
 
 
 def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
@@ -257,7 +257,7 @@ def attention_residual_bytes(config: Config, mesh: MeshConfig) -> int:
     """
     parallel, length = config.parallel, config.data.sequence_length
     queries = length if parallel.context == "ulysses" else length // mesh.sequence
-    short = parallel.context != "ring" and (queries <= _CHUNK or length <= _WHOLE_ROWS)
+    short = parallel.context != "ring" and (queries <= _STRIP or length <= _WHOLE_ROWS)
     if config.attention.implementation == "xla" and short:
         return 0
     result = activation_bytes(config, mesh)["attention"]

@@ -5,7 +5,7 @@ For sequences so short that `tiles` would be many small products. Called inside 
 region, on local arrays.
 
     b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
-    K: head dim   c: a chunk of queries   x: R c, the queries of a chunk and of all heads that share keys
+    K: head dim   c: a strip of queries   x: R c, the queries of a strip and of all heads that share keys
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxpar.kernels.tiles import HIDDEN, Operands, Sees, dot, not_hoisted
 
-CHUNK = 512
+STRIP = 512
 """Queries that are worked on at a time."""
 
 
@@ -24,29 +24,29 @@ def attention(x: Operands, sees: Sees) -> tuple[jax.Array, None]:
     """As `tiles.attention`, without a log-sum-exp: the gradient computes the softmax again and
     needs none.
 
-    No communication. Memory: the float32 scores of H x `CHUNK` queries and all keys.
+    No communication. Memory: the float32 scores of H x `STRIP` queries and all keys.
     """
     x = not_hoisted(x)
     k_bGtK, v_bGtK = (_multiplied(kv_btGK.swapaxes(1, 2)) for kv_btGK in (x.k, x.v))
 
-    def chunk(carry: None, q_bcHK: jax.Array, queries: Any) -> tuple[None, jax.Array]:
+    def strip(carry: None, q_bcHK: jax.Array, queries: Any) -> tuple[None, jax.Array]:
         shares, total = _softmax(_rows(q_bcHK, k_bGtK), k_bGtK, sees(queries, x.keys))
         values = dot("bGxt,bGtK->bGxK", shares.astype(v_bGtK.dtype), v_bGtK) / total
         return carry, _heads(values.astype(q_bcHK.dtype), q_bcHK)
 
-    return _by_chunks(chunk, None, x.q, x.queries)[1], None
+    return _by_strips(strip, None, x.q, x.queries)[1], None
 
 
 def attention_gradient(
     x: Operands, o_bsHK: None, lse_bHs: None, do_bsHK: jax.Array, sees: Sees
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of `attention` with respect to q, k and v; those of k and v add up over the
-    chunks in float32."""
+    strips in float32."""
     del o_bsHK, lse_bHs
     x = not_hoisted(x)
     k_bGtK, v_bGtK = (_multiplied(kv_btGK.swapaxes(1, 2)) for kv_btGK in (x.k, x.v))
 
-    def chunk(
+    def strip(
         dkv: tuple[jax.Array, jax.Array], q_bcHK: jax.Array, given: tuple
     ) -> tuple[tuple, jax.Array]:
         queries, do_bcHK = given
@@ -64,7 +64,7 @@ def attention_gradient(
         return (dk_bGtK, dv_bGtK), _heads(dq_bGxK.astype(q_bcHK.dtype), q_bcHK)
 
     zero = jnp.zeros_like(k_bGtK, jnp.float32)
-    dkv, dq_bsHK = _by_chunks(chunk, (zero, zero), x.q, (x.queries, do_bsHK))
+    dkv, dq_bsHK = _by_strips(strip, (zero, zero), x.q, (x.queries, do_bsHK))
     return dq_bsHK, *(dkv_bGtK.swapaxes(1, 2).astype(x.k.dtype) for dkv_bGtK in dkv)
 
 
@@ -103,17 +103,17 @@ def _multiplied(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
-def _by_chunks(work: Callable, carry: Any, q_bsHK: jax.Array, given: Any) -> tuple[Any, jax.Array]:
-    """`work(carry, q, given)` of one chunk of queries, and of what is given for them, after the
+def _by_strips(work: Callable, carry: Any, q_bsHK: jax.Array, given: Any) -> tuple[Any, jax.Array]:
+    """`work(carry, q, given)` of one strip of queries, and of what is given for them, after the
     other."""
     length = q_bsHK.shape[1]
-    if length <= CHUNK:
+    if length <= STRIP:
         return work(carry, q_bsHK, given)
 
     def split(x_bs: jax.Array) -> jax.Array:
         b, s = x_bs.shape[:2]
-        padded = jnp.pad(x_bs, ((0, 0), (0, -s % CHUNK), *((0, 0),) * (x_bs.ndim - 2)))
-        return jnp.moveaxis(padded.reshape(b, -1, CHUNK, *x_bs.shape[2:]), 1, 0)
+        padded = jnp.pad(x_bs, ((0, 0), (0, -s % STRIP), *((0, 0),) * (x_bs.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(b, -1, STRIP, *x_bs.shape[2:]), 1, 0)
 
     carry, out_ncbHK = jax.lax.scan(
         lambda carry, one: work(carry, *one), carry, jax.tree.map(split, (q_bsHK, given))
