@@ -29,7 +29,7 @@ def results(sizes: MeshConfig, length: int, options: Options, **held: int) -> li
 
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         for name, value in held.items():
-            patch.setattr({"TILE": tiles, "CHUNK": rows}.get(name, attention), name, value)
+            patch.setattr({"TILE": tiles, "STRIP": rows}.get(name, attention), name, value)
         spec = Rules().spec("batch", "seq", "heads", "head_dim")
         return jax.tree.leaves(
             jax.jit(jax.value_and_grad(total, (0, 1, 2)))(
@@ -41,7 +41,7 @@ def results(sizes: MeshConfig, length: int, options: Options, **held: int) -> li
 @pytest.mark.parametrize(("heads", "shared"), [(4, 1), (3, 3), (6, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_are_jaxs_attention(heads, shared, dtype):
-    """Result and gradients of whole rows, in chunks with a remainder, against jax's own attention
+    """Result and gradients of whole rows, in strips with a remainder, against jax's own attention
     in float32."""
     b, s, t, K = 2, 11, 13, 8
     rng = np.random.default_rng(heads)
@@ -57,7 +57,7 @@ def test_rows_are_jaxs_attention(heads, shared, dtype):
         return jax.nn.dot_product_attention(*qkv, mask=sees(last, x.keys)[:, None])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "CHUNK", 4)
+        patch.setattr(rows, "STRIP", 4)
         result, _ = rows.attention(x, sees)
         gradients = rows.attention_gradient(x, None, None, do, sees)
     whole, pull = jax.vjp(reference, *(a.astype(jnp.float32) for a in (q, k, v)))
@@ -70,9 +70,9 @@ def test_rows_are_jaxs_attention(heads, shared, dtype):
 
 
 @pytest.mark.parametrize("length", [512, 600, 1024])
-def test_queries_in_chunks_change_nothing(length):
-    """Against one chunk; 600 queries leave a padded remainder."""
-    found, whole = (results(MeshConfig(), length, Options(), CHUNK=n) for n in (512, 4096))
+def test_queries_in_strips_change_nothing(length):
+    """Against one strip; 600 queries leave a padded remainder."""
+    found, whole = (results(MeshConfig(), length, Options(), STRIP=n) for n in (512, 4096))
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
@@ -91,7 +91,7 @@ def test_queries_in_chunks_change_nothing(length):
 def test_tiles_change_nothing(sizes, context, length):
     """Long rows of keys, in tiles: the same result and gradients, where tiles divide the tokens and
     where not."""
-    small = dict(CHUNK=8, _WHOLE_ROWS=16, TILE=16)
-    whole = results(MeshConfig(), length, Options(), CHUNK=4096, _WHOLE_ROWS=4096)
+    small = dict(STRIP=8, _WHOLE_ROWS=16, TILE=16)
+    whole = results(MeshConfig(), length, Options(), STRIP=4096, _WHOLE_ROWS=4096)
     for one, other in zip(results(sizes, length, Options(context), **small), whole, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
