@@ -99,7 +99,7 @@ def attend(
         functools.partial(_LOCAL[options.context], kernel),
         in_specs=(_specs(rules),),
         out_specs=rules.spec("batch", "seq", "heads", "head_dim"),
-        check_vma=not all_manual(),  # a region around it that does not check cannot be checked in here
+        check_vma=not all_manual(),  # nor in a region that does not check
     )
     return island(Operands(q_BSHK, k_BTGK, v_BTGK, queries, keys))
 
@@ -117,7 +117,10 @@ def refuses_cudnn(local_shape: tuple[int, ...], dtype: Any, options: Options) ->
         return "attention.implementation=xla"
     layout, spread = _layout(options), _devices("sequence") > 1
     if options.context == "ring":
-        why = "the ring puts results together that its tiles of XLA compute; use parallel.context=ulysses or all_gather"
+        why = (
+            "the ring puts results together that its tiles of XLA compute; use "
+            "parallel.context=ulysses or all_gather"
+        )
     elif options.zigzag and spread:
         why = "it needs tokens in the order of the text; use parallel.zigzag=false"
     else:

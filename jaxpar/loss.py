@@ -43,8 +43,8 @@ def cross_entropy(
     z_loss: float,
     sum_dtype: jnp.dtype,
 ) -> LossSums:
-    """`scale` times the summed cross-entropy of next-token prediction plus `z_loss` times the summed
-    square of the log-partition.
+    """`scale` times the summed cross-entropy of next-token prediction, plus `z_loss` times the
+    summed square of the log-partition.
 
     Args:
       x_BSD: final hidden states, laid out as the residual; its dtype is that of the matmuls.

@@ -138,7 +138,7 @@ def _in_region(
             jax.P(others, pipeline.AXIS),
             open_specs if gradients else None,
         ),
-        check_vma=False,  # gradients are shares of a sum by design; the parity tests hold them to it
+        check_vma=False,  # gradients are shares of a sum by design: see the parity tests
     )
     sums, added, found = region([as_plain(w) for w in leaves], batch, scale)
     added = jax.tree.map(lambda x: jnp.sum(x, axis=0), added)

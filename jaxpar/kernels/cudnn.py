@@ -77,8 +77,8 @@ def refusal(
         )
     if packed and math.prod(shape) >= 2**31:
         return (
-            f"{math.prod(shape)} elements of queries on a device are beyond its 32-bit offsets; use "
-            "smaller batches"
+            f"{math.prod(shape)} elements of queries on a device are beyond its 32-bit offsets; "
+            "use smaller batches"
         )
     return ""
 

@@ -4,8 +4,9 @@ gradient written out.
 For sequences so short that `tiles` would be many small products. Called inside a full-manual
 region, on local arrays.
 
-    b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
-    K: head dim   c: a strip of queries   x: R c, the queries of a strip and of all heads that share keys
+    b: sequences of one device   s, t: its query and key tokens
+    H = G R: query heads, G: key-value heads   K: head dim
+    c: a strip of queries   x: R c, the queries of a strip and of all heads that share keys
 """
 
 from collections.abc import Callable

@@ -5,7 +5,8 @@ Called inside a full-manual region, on local arrays. Who sees whom is a callable
 (positions and segments) is written once, in `attention`. The sums over keys come in parts, so a
 ring can add them block by block.
 
-    b: sequences of one device   s, t: its query and key tokens   H = G R: query heads, G: key-value heads
+    b: sequences of one device   s, t: its query and key tokens
+    H = G R: query heads, G: key-value heads
     K: head dim   n: tiles of queries   q, k: tokens of one tile of queries and of keys
 """
 

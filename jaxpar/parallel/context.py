@@ -2,7 +2,8 @@
 
 Called inside a full-manual region, on the local block of each array.
 
-    b, s: sequences and tokens of one device, S: of all   H = G R query heads of one device, G key-value heads
+    b, s: sequences and tokens of one device, S: of all
+    H = G R query heads of one device, G key-value heads
     K: head dim   n: tiles of a block of s tokens   q, k: tokens of one tile of queries and of keys
 """
 

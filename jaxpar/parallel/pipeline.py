@@ -14,8 +14,9 @@ Order: XLA's CPU backend tells the collectives of a manual region apart by nothi
 on each device, and runs what does not depend on one another in any order. So the parts of a tick
 are made to depend on one another, by `_after`: forward, loss, backward, then both shifts at once.
 
-    p stages   v chunks of each   l layers of a chunk   M microbatches   T ticks   n slots of the stash
-    x, y: residual of one microbatch at the entry and exit of a chunk, [b, s, D]; dx, dy: their gradients
+    p stages   v chunks of each   l layers of a chunk   M microbatches   T ticks
+    n slots of the stash   x, y: residual of one microbatch at the entry and exit of a chunk,
+    [b, s, D]; dx, dy: their gradients
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def enter_step(
     """
     spec = jax.typeof(weight).sharding.spec
     if jax.sharding.get_abstract_mesh().size == 1:
-        return weight  # nothing to sum; and jax cannot lower an unreduced result of a manual region here
+        return weight  # nothing to sum; and jax cannot lower an unreduced result of a region here
     gathered = {"data", "fsdp"} if gather_fsdp else {"data"}
     entries = [_without(entry, gathered) for entry in spec.partitions]
     if entries != list(spec.partitions):

@@ -5,9 +5,11 @@ times (Narayanan et al., 2021): virtual stage c p + s is chunk c of stage s. A t
 pass of a chunk, a backward pass, or both, on all stages alike, so no device waits in a collective
 that another never enters.
 
-    1f1b   forward of the u-th piece of work of stage s at tick u + s; its backward passes begin at tick v p - 1, on the
-           last stage. Ticks of forward alone, of both, and of backward alone follow one another.
-    gpipe  all forward passes, then all backward passes in the opposite order (Huang et al., 2019); v is 1.
+    1f1b   forward of the u-th piece of work of stage s at tick u + s; its backward passes begin at
+           tick v p - 1, on the last stage. Ticks of forward alone, of both, and of backward alone
+           follow one another.
+    gpipe  all forward passes, then all backward passes in the opposite order (Huang et al., 2019);
+           v is 1.
 
 In either case v M + p - 1 ticks have a forward and as many a backward pass: time (M + (p - 1) / v)
 (F + B), with F and B the times of a whole stage; the bubble, the share in which a stage has nothing
@@ -146,9 +148,9 @@ def in_all(needed: int, ticks: int) -> bool:
 
 class Turns(NamedTuple):
     """How often a device runs the parts of a step, idle ticks included. `chunks`: the layers of a
-    chunk, forward and as often backward; `embeddings`, `losses`, `gradients`: embedding, head with loss, and
-    the embedding's gradient. `listed` are the same three as the program lists them, where a branch
-    counts in every tick."""
+    chunk, forward and as often backward; `embeddings`, `losses`, `gradients`: embedding, head with
+    loss, and the embedding's gradient. `listed` are the same three as the program lists them, where
+    a branch counts in every tick."""
 
     chunks: int
     embeddings: int
