@@ -66,10 +66,11 @@ windows = open_corpus(config.data, vocab_size=480, seed=0).train
 with jax.set_mesh(devices := make_mesh(sizes)):
     step = compile_train_step(config, devices)
     init = jax.jit(lambda: init_state(config))
+    batches = [place(load_batch(config, windows, number), config, devices) for number in range(4)]
     for run in range(10):
         state = init()
-        for number in range(4):
-            state, values = step(state, place(load_batch(config, windows, number), config, devices))
+        for batch in batches:
+            state, values = step(state, batch)
         print(run, float(values["loss"]), flush=True)
 """
 
