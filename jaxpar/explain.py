@@ -27,7 +27,13 @@ from jaxpar.estimate.counts import parameter_count
 from jaxpar.estimate.hardware import NAMES, find, of_kind
 from jaxpar.estimate.memory import PART_NAMES, RESERVE, human, peak_memory
 from jaxpar.estimate.ranking import Pins
-from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar.report.apart import (
+    TIMEOUT,
+    CompileFailed,
+    Target,
+    check_gpu_compiler,
+    compile_report,
+)
 from jaxpar.report.gantt import picture
 from jaxpar.report.page import explain_page, subject
 from jaxpar.validation import resolve_mesh, validate_mesh
@@ -256,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         topology=cli.Option(
             None, "NVLink domains x hosts in each x GPUs in each, as 8x1x8 (default: from the mesh)"
         ),
-        timeout=cli.Option(600.0, "seconds that one compilation may take", least=0),
+        timeout=cli.Option(TIMEOUT, "seconds that one compilation may take", least=0),
         rows=cli.Option(12, "rows of each table", least=1),
         json=cli.Option(
             None, "write the account as JSON to this file; - is standard output, and nothing else"

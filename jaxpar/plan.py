@@ -36,7 +36,13 @@ from jaxpar.estimate.ranking import (
 )
 from jaxpar.estimate.timing import bubble_fraction, members_near
 from jaxpar.estimate.traffic import by_axes, transfers
-from jaxpar.report.apart import CompileFailed, Target, check_gpu_compiler, compile_report
+from jaxpar.report.apart import (
+    TIMEOUT,
+    CompileFailed,
+    Target,
+    check_gpu_compiler,
+    compile_report,
+)
 from jaxpar.report.gantt import picture
 from jaxpar.report.page import plan_page, subject
 
@@ -324,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         verify_top=cli.Option(
             0, "compile so many of the best, and show compiled memory in place of predictions"
         ),
-        timeout=cli.Option(600.0, "seconds that one compilation may take", least=0),
+        timeout=cli.Option(TIMEOUT, "seconds that one compilation may take", least=0),
         json=cli.Option(
             None, "write all meshes as JSON to this file; - is standard output, and nothing else"
         ),

@@ -4,11 +4,13 @@ are in test_explain.py and test_memory.py."""
 from types import SimpleNamespace
 
 import pytest
+from test_buffers import ASSIGNMENT, RANGES, TEXT
 from test_hlo import mesh, module
 
 from jaxpar.estimate.hardware import find
 from jaxpar.estimate.timing import collective_seconds
 from jaxpar.report import account
+from jaxpar.report.buffers import at_peak
 
 GROUPS = "replica_groups={{0,1},{2,3}}, to_apply=%add"
 SMALL = f"%a = f32[8]{{0}} all-reduce(%p), channel_id=1, {GROUPS}"
@@ -53,7 +55,10 @@ def test_parts_add_up_to_the_peak():
     )
 
 
-def test_no_buffers_where_nothing_was_dumped(tmp_path):
-    assert account._buffers(tmp_path, module(SMALL)) == []
-    (tmp_path / "module_0.jit_train_step.buffer-assignment.txt").write_text("")
-    assert account._buffers(tmp_path, module(SMALL)) == [], "without live ranges"
+def test_buffers_are_read_from_what_was_dumped(tmp_path):
+    assert account._buffers(tmp_path, TEXT) == []
+    step = "module_0.jit_train_step"
+    (tmp_path / f"{step}.buffer-assignment.txt").write_text(ASSIGNMENT)
+    assert account._buffers(tmp_path, TEXT) == [], "without live ranges"
+    (tmp_path / f"{step}.live-range.txt").write_text(RANGES)
+    assert account._buffers(tmp_path, TEXT) == at_peak(ASSIGNMENT, RANGES, TEXT) != []

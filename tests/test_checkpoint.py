@@ -1,6 +1,7 @@
 """Checkpoints: any mesh to any mesh, what is kept, what a kill leaves, and what is refused."""
 
 import dataclasses
+import logging
 import os
 import shutil
 import signal
@@ -165,6 +166,17 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     second = tmp_path / "checkpoints" / "2"
     assert load_position(second) == at(2)
     assert float(restore_state(second, ABSTRACT)["weight"][0]) == 2.0
+
+
+def test_saving_says_nothing_but_news(tmp_path, caplog):
+    checkpointer = Checkpointer(tmp_path, DEFAULT)
+    checkpointer.save(1, small(), position=at(1))
+    checkpointer.close()
+    absl = logging.getLogger("absl")
+    absl.warning("Skipping merge of OCDBT checkpoints")
+    assert "OCDBT" not in caplog.text
+    absl.warning("something is wrong")
+    assert "something is wrong" in caplog.text
 
 
 @pytest.mark.parametrize("async_", [True, False])

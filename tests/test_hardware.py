@@ -6,7 +6,7 @@ import pytest
 
 from jaxpar import plan
 from jaxpar.config import ConfigError, MeshConfig, configure
-from jaxpar.estimate.hardware import NAMES, find, of_kind, topology_size
+from jaxpar.estimate.hardware import _PEAKS, NAMES, find, of_kind, topology_size
 from jaxpar.estimate.ranking import rank
 from jaxpar.estimate.timing import step_time
 from jaxpar.report.apart import Target, compile_report
@@ -40,6 +40,13 @@ def test_every_hardware_has_its_description(name):
     assert found.memory_bytes > 40e9 and found.peak("bfloat16") > found.peak("float32")
     domains, hosts, gpus = topology_size(found.topology(2 * found.domain))
     assert (domains, hosts * gpus, gpus) == (2, found.domain, found.host)
+
+
+@pytest.mark.parametrize("name", _PEAKS)
+def test_tensor_cores_are_twice_to_thirty_times_as_fast(name):
+    """A digit of a datasheet mistyped shows here, or in the order of what a vendor sells."""
+    bfloat16, float16, float32 = _PEAKS[name]
+    assert 1.9 <= float16 / float32 <= 32 and bfloat16 in (None, float16)
 
 
 def test_a_description_and_its_links(file, tmp_path):

@@ -103,6 +103,34 @@ def test_collectives_in_loops_and_branches_are_counted():
 
 
 @pytest.mark.parametrize(
+    ("start", "turns"), [("constant(2)", 5), ("copy(%zero)", 7), ("parameter(1)", None)]
+)
+def test_a_loop_of_which_turns_were_taken_out(start, turns):
+    """It turns from the number that its counter starts with to the one that it stays below."""
+    below = LOOP.replace(
+        "ROOT %less = pred[] constant(true)",
+        "%i = s32[] get-tuple-element(%s), index=0\n  %most = s32[] constant(7)\n"
+        "  ROOT %less = pred[] compare(%i, %most), direction=LT",
+    )
+    text = module(
+        "%p = f32[8]{0} parameter(0)",
+        "%zero = s32[] constant(0)",
+        f"%first = s32[] {start}",
+        "%counter = s32[] copy(%first)",
+        "%begin = (s32[], f32[8]{0}) tuple(%counter, %p)",
+        "%loop = (s32[], f32[8]{0}) while(%begin), condition=%condition, body=%body, "
+        'backend_config={"known_induction_variable":{"tuple_index":"0"}}',
+        before=below,
+    )
+    if turns is None:
+        with pytest.raises(AssertionError, match="loop of unknown length"):
+            hlo.collectives(text, mesh(data=2, tensor=2))
+    else:
+        found = hlo.collectives(text, mesh(data=2, tensor=2))
+        assert [one.count for one in found] == [turns, turns]
+
+
+@pytest.mark.parametrize(
     ("line", "kind", "size", "asynchronous"),
     [
         (

@@ -2,6 +2,7 @@
 help."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,7 +11,7 @@ from jaxpar import train
 from jaxpar.config import MeshConfig, configure
 from jaxpar.estimate import remedy
 from jaxpar.estimate.hardware import find
-from jaxpar.estimate.memory import RESERVE, peak_memory
+from jaxpar.estimate.memory import RESERVE, human, peak_memory
 from jaxpar.estimate.ranking import Pins
 from jaxpar.estimate.timing import step_time
 from jaxpar.validation import resolve, validate_mesh
@@ -84,10 +85,28 @@ def test_flags_make_the_change():
 
 def test_a_compiled_peak_corrects_the_prediction():
     run, mesh = large(), MeshConfig(fsdp=8)
-    plain, corrected = (
-        remedy.changes(run, mesh, H100, room=ROOM, scale=scale) for scale in (1.0, 1.5)
-    )
+    plain = remedy.changes(run, mesh, H100, room=ROOM)
+    corrected = remedy.changes(run, mesh, H100, room=ROOM, scale=1.5)
+    for found, scale in ((plain, 1), (corrected, 1.5)):
+        for change in found:
+            assert change.predicted == int(scale * peak_memory(change.config, change.mesh).total)
     assert {change.flags for change in corrected} < {change.flags for change in plain}
+
+
+@pytest.mark.parametrize("missing", [0.5, 1.25])
+def test_a_peak_that_was_reached_corrects_the_prediction_upwards_alone(missing):
+    """A device that ran out of more than was predicted needs more; one that is too small needs
+    what was predicted."""
+    run, mesh = large(), MeshConfig(fsdp=8)
+    room = int(missing * peak_memory(run, mesh).total)
+    device = SimpleNamespace(
+        device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: {"bytes_limit": room}
+    )
+    said = remedy.out_of_memory(run, mesh, device, [])
+    first, *_ = remedy.changes(run, mesh, H100, room=room, scale=max(1.0, missing))
+    assert (
+        f"what should fit, the fastest first:\n  {first.flags}  ({human(first.predicted)})" in said
+    )
 
 
 def test_what_is_named_is_kept_where_that_fits():

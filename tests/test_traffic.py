@@ -45,6 +45,27 @@ def test_bytes_by_axes(sizes, fields):
     assert counted == {axes: pytest.approx(count, rel=0.02) for axes, count in compiled.items()}
 
 
+@pytest.mark.parametrize(
+    ("gather", "pipeline"), [("per_layer", 1), ("per_step", 1), ("per_step", 2)]
+)
+def test_weights_by_hand(gather, pipeline):
+    """A device gathers what it has of layers and both ends: once, or twice a microbatch."""
+    sizes, count = MeshConfig(pipeline=pipeline, fsdp=2, tensor=2), 4
+    config = make_config(sizes, gather=gather, microbatches=count, model=dict(layers=4))
+    sent = {"all-gather": 0.0, "reduce-scatter": 0.0}
+    for transfer in transfers(config, sizes):
+        if transfer.axes == ("fsdp",):
+            sent[transfer.kind] += transfer.size * transfer.count
+    split = 2 * pipeline
+    layers = layer_elements(config.model) / split
+    ends = 2 * config.model.vocab_size * config.model.dim / split
+    if gather == "per_step":
+        assert sent == {"all-gather": 2 * (layers + ends), "reduce-scatter": 4 * (layers + ends)}
+    else:  # the backward pass gathers layers again, the ends not
+        assert sent["all-gather"] == 2 * count * (2 * layers + ends)
+        assert sent["reduce-scatter"] == 4 * count * (layers + ends)
+
+
 def test_scales_of_heads_are_summed_over_tensor_whatever_the_residual():
     """Each of its devices has other heads. Those of the residual are, if it is sharded there."""
     sizes = MeshConfig(data=2, tensor=4)

@@ -17,6 +17,9 @@ from typing import Any
 from jaxpar.config import Config, ConfigError, MeshConfig
 from jaxpar.estimate.hardware import Hardware, find, topology_size
 
+TIMEOUT = 600.0
+"""Seconds that one compilation may take, where nobody says otherwise."""
+
 
 class CompileFailed(RuntimeError):
     """The compiler crashed, raised or took too long; the message says what it said last."""
@@ -73,7 +76,7 @@ def compile_report(
     config: Config,
     mesh: MeshConfig | Mapping[str, int | None],
     target: Target,
-    timeout: float = 600.0,
+    timeout: float = TIMEOUT,
     *,
     xla_flags: Sequence[str] = (),
     text: bool = False,
