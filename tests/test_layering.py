@@ -129,7 +129,6 @@ TESTED_BY = {
     "parallel/layers": "parity",
     "parallel/reduce": "loss",
     "report/gantt": "timetable",
-    "report/page": "explain",
 }
 """Modules without a tests/test_<file>.py, and the one that tests them: with what they are part of,
 or as a whole."""
