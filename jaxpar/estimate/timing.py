@@ -42,7 +42,7 @@ class StepTime:
     exposed: dict[str, float]
     hidden: dict[str, float]
     bubble: float
-    again: float = 0.0
+    again: float
 
     @property
     def compute(self) -> float:
