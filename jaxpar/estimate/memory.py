@@ -4,8 +4,10 @@ device."""
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from jaxpar.config import Config, MeshConfig, ModelConfig, ParallelConfig
+from jaxpar.config import Config, MeshConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from jaxpar.dimensions import Dimensions
 from jaxpar.estimate.counts import ITEMSIZE, layer_elements
 from jaxpar.parameters import FACTORED_FROM, Parameter
@@ -150,7 +152,7 @@ def _stash(config: Config, mesh: MeshConfig) -> int:
     return min((v + 1) * p - 1, M * v)
 
 
-def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
+def state_bytes(config: Config, mesh: MeshConfig) -> Mapping[str, int]:
     """Bytes a device holds between and within steps: `parameters`, `gradients`, `optimizer` and
     their `total`.
 
@@ -160,12 +162,22 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     are those that are added up over microbatches, in `precision.grad_reduce`. Step counters of a
     few bytes and weights that are gathered once a step are left out.
     """
-    item, sum_item = ITEMSIZE[config.precision.params], ITEMSIZE[config.precision.grad_reduce]
-    parallel = config.parallel
-    parts = _stored(
-        config.model, config.optimizer.name, parallel.optimizer_sharding, mesh.pipeline > 1
-    )
-    gathered = ("data", "fsdp") if parallel.gather == "per_step" else ("data",)
+    zero, gather = config.parallel.optimizer_sharding, config.parallel.gather
+    return _state_bytes(config.model, config.optimizer.name, config.precision, zero, gather, mesh)
+
+
+@functools.cache  # plans ask for it with every number of microbatches and every remat policy
+def _state_bytes(
+    model: ModelConfig,
+    optimizer_name: str,
+    precision: PrecisionConfig,
+    optimizer_sharding: str,
+    gather: str,
+    mesh: MeshConfig,
+) -> Mapping[str, int]:
+    item, sum_item = ITEMSIZE[precision.params], ITEMSIZE[precision.grad_reduce]
+    parts = _stored(model, optimizer_name, optimizer_sharding, mesh.pipeline > 1)
+    gathered = ("data", "fsdp") if gather == "per_step" else ("data",)
     parameters = optimizer = gradients = 0
     for axes, size, sharded, replicated in parts:
         split = math.prod(getattr(mesh, axis) for axis in axes)
@@ -176,12 +188,14 @@ def state_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
             // math.prod(getattr(mesh, axis) for axis in axes if axis not in gathered)
         )
         optimizer += item * (sharded // split + replicated)
-    return {
-        "parameters": parameters,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "total": parameters + gradients + optimizer,
-    }
+    return MappingProxyType(
+        {
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "total": parameters + gradients + optimizer,
+        }
+    )
 
 
 def update_bytes(config: Config, mesh: MeshConfig) -> int:
@@ -206,7 +220,7 @@ def _stored(
     return tuple((axes, size, like, whole) for axes, (size, like, whole) in sums.items())
 
 
-def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
+def activation_bytes(config: Config, mesh: MeshConfig) -> Mapping[str, int]:
     """Bytes on a device of each of `config.ACTIVATIONS`, of one layer and one microbatch, in the
     compute dtype.
 
@@ -214,33 +228,33 @@ def activation_bytes(config: Config, mesh: MeshConfig) -> dict[str, int]:
     are sharded over it along the sequence with sequence parallelism; everything between is sharded
     by heads and ffn.
     """
-    model, train = config.model, config.train
+    train, item = config.train, ITEMSIZE[config.precision.compute]
     sequences = train.batch_size // (train.microbatches * mesh.batch_shards)
-    tokens = (
-        ITEMSIZE[config.precision.compute]
-        * sequences
-        * config.data.sequence_length
-        // mesh.sequence
-    )
-    whole, queries, keys = (
-        model.dim,
-        model.heads * model.head_dim // mesh.tensor,
-        model.kv_heads * model.head_dim,
-    )
-    residual = whole // mesh.tensor if config.parallel.sequence_parallel else whole
+    each = item * sequences * config.data.sequence_length // mesh.sequence
+    return _activation_bytes(config.model, each, mesh.tensor, config.parallel.sequence_parallel)
+
+
+@functools.cache
+def _activation_bytes(
+    model: ModelConfig, each: int, tensor: int, sequence_parallel: bool
+) -> Mapping[str, int]:
+    """`each`: bytes of one number for every token of a microbatch."""
+    whole, queries = model.dim, model.heads * model.head_dim // tensor
+    keys = model.kv_heads * model.head_dim // tensor
+    residual = whole // tensor if sequence_parallel else whole
     elements = {
         "residual": residual,
         "attention_input": whole,
         "query": queries,
-        "key": keys // mesh.tensor,
-        "value": keys // mesh.tensor,
+        "key": keys,
+        "value": keys,
         "attention": queries,
         "attention_output": residual,
         "mlp_input": whole,
-        "gate": model.ffn_dim // mesh.tensor,
-        "up": model.ffn_dim // mesh.tensor,
+        "gate": model.ffn_dim // tensor,
+        "up": model.ffn_dim // tensor,
     }
-    return {name: tokens * count for name, count in elements.items()}
+    return MappingProxyType({name: each * count for name, count in elements.items()})
 
 
 _STRIP, _WHOLE_ROWS = 512, 2048  # in kernels/rows.py and attention.py, which import jax

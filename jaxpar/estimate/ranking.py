@@ -21,6 +21,7 @@ from jaxpar.config import (
     MemoryConfig,
     MeshConfig,
     ParallelConfig,
+    TrainConfig,
     field_paths,
     value_of,
 )
@@ -244,8 +245,13 @@ def choices(config: Config, mesh: MeshConfig, pins: Pins = ANY) -> Iterator[Conf
         options("parallel.chunks", *chunked),
     )
     for microbatches, *fields in every:
-        train = dataclasses.replace(config.train, microbatches=microbatches)
+        train = _train(config.train, microbatches)
         yield dataclasses.replace(config, train=train, parallel=_parallel(config.parallel, *fields))
+
+
+@functools.cache
+def _train(before: TrainConfig, microbatches: int) -> TrainConfig:
+    return dataclasses.replace(before, microbatches=microbatches)
 
 
 @functools.cache

@@ -201,12 +201,17 @@ def recomputed(config: Config, stages: int = 1) -> dict[str, int]:
 
 
 def _seconds(transfer: Transfer, mesh: MeshConfig, hardware: Hardware) -> float:
-    devices = math.prod(getattr(mesh, axis) for axis in transfer.axes)
-    near = members_near(transfer.axes, mesh, hardware.domain)
+    devices, near = _group(transfer.axes, mesh, hardware.domain)
     return collective_seconds(transfer.kind, transfer.size, devices, near, hardware)
 
 
 @functools.cache
+def _group(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> tuple[int, int]:
+    """Members of a device's group over `axes`, and how many of them the fast links join."""
+    devices = math.prod(getattr(mesh, axis) for axis in axes)
+    return devices, members_near(axes, mesh, domain)
+
+
 def members_near(axes: tuple[str, ...], mesh: MeshConfig, domain: int) -> int:
     """How many members of a device's group over `axes` sit in its domain of fast links, inner axes
     first."""
