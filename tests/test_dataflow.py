@@ -130,6 +130,20 @@ def test_what_a_stack_is_for(graph, value, use):
     assert graph.stack((value, ())) == use
 
 
+def test_an_entry_that_is_put_back_is_not_read():
+    """XLA writes what jax sets at an index only where that is inside, and else what was there."""
+    put = "%keep = f32[3,2] dynamic-update-slice(%kept, "
+    chosen = (
+        "%was = f32[1,2] dynamic-slice(%kept, %i)\n"
+        "  %either = f32[1,2] select(%inside, %entry, %was)\n"
+        f"  {put}%either"
+    )
+    inside = "  %inside = pred[1,2] constant({{true,true}})\n"
+    text = TEXT.replace(f"{put}%entry", chosen).replace("  %first =", f"{inside}  %first =")
+    assert text.count("%either") == 2
+    assert Graph(text).stack(("keep", ())) == "kept"
+
+
 def test_history_goes_back_through_what_moves(graph):
     assert [name for name, _ in graph.history(("turned", ()))] == ["turned", "keep"]
     assert [name for name, _ in graph.history(("update", ()))] == ["update"]

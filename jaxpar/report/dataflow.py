@@ -254,11 +254,13 @@ class Graph:
         slot = slots[0]
         parameter = self._parameters[writer.computation, 0]
         readers = list(self._slices((parameter, slot), set()))
-        sums = (line for line in self._behind(made.operands[1]) if line.operation == "add")
+        put = list(self._behind(made.operands[1]))
+        sums = (line for line in put if line.operation == "add")
         terms = {term.name for line in sums for n in line.operands for term in self._behind(n)}
         if any(reader.name in terms for reader in readers):
             return "sum"
-        if readers:
+        # Whoever writes only where an index is inside puts the old entry back where it is not.
+        if any(reader not in put for reader in readers):
             return "queue"
         return "kept" if any(self._slices((caller.name, slot), set())) else "result"
 
