@@ -7,6 +7,7 @@ import pytest
 from test_buffers import ASSIGNMENT, RANGES, TEXT
 from test_hlo import mesh, module
 
+from jaxpar.config import Config, MemoryConfig
 from jaxpar.estimate.hardware import find
 from jaxpar.estimate.timing import collective_seconds
 from jaxpar.report import account
@@ -62,3 +63,11 @@ def test_buffers_are_read_from_what_was_dumped(tmp_path):
     assert account._buffers(tmp_path, TEXT) == [], "without live ranges"
     (tmp_path / f"{step}.live-range.txt").write_text(RANGES)
     assert account._buffers(tmp_path, TEXT) == at_peak(ASSIGNMENT, RANGES, TEXT) != []
+
+
+def test_optimizer_state_in_host_memory_is_not_on_the_device():
+    host = Config(memory=MemoryConfig(offload="optimizer,residual"))
+    assert account.memory_of("optimizer.mu.embedding", host) == "pinned_host"
+    assert account.memory_of("model.embedding", host) == "device"
+    kept = Config(memory=MemoryConfig(offload="residual"))
+    assert account.memory_of("optimizer.mu.embedding", kept) == "device"

@@ -71,7 +71,7 @@ def account(
                 "shape": list(leaf.shape),
                 "dtype": str(leaf.dtype),
                 "sharding": str(leaf.sharding.spec),
-                "memory": leaf.sharding.memory_kind or "device",
+                "memory": memory_of(name, config),
                 "bytes_per_device": math.prod(leaf.sharding.shard_shape(leaf.shape))
                 * leaf.dtype.itemsize,
             }
@@ -88,6 +88,13 @@ def account(
         dataclasses.asdict(buffer) for buffer in buffers if buffer.bytes >= 1024
     ]
     return report | ({"text": text} if with_text else {})
+
+
+def memory_of(name: str, config: Config) -> str:
+    """The memory in which an array of the state lies: `device` or `pinned_host`. Shardings over
+    absent devices do not tell: jax drops their memory kind."""
+    away = config.memory.offload_optimizer and name.startswith("optimizer.")
+    return "pinned_host" if away else "device"
 
 
 def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dict[str, Any]]:
