@@ -45,7 +45,7 @@ def two_steps(config, mesh):
         return step(step(state, batch)[0], batch)[0]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_optimizer_state_in_host_memory_gives_the_same_parameters(optimizer):
     mesh = make_mesh(SIZES, jax.devices()[:4])
     here, away = (two_steps(make_config(offload, optimizer), mesh) for offload in ("", "optimizer"))

@@ -223,6 +223,7 @@ def test_gpu_step_sends_what_its_table_says_and_little_above_the_floor(name):
     assert everything <= 1.05 * mode.floor
 
 
+@pytest.mark.slow
 @EACH
 def test_cpu_step_sends_the_same(name):
     """The CPU compiler widens bf16 to float32 and may all-reduce where the GPU's scatters:

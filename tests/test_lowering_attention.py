@@ -62,12 +62,14 @@ def check_no_scores(text: str, sizes: MeshConfig, queries: int) -> None:
     ("sizes", "kind", "packing", "calls"),
     [
         (MeshConfig(fsdp=8), "all_gather", True, 1),
-        (MeshConfig(fsdp=8), "all_gather", False, 1),
+        pytest.param(MeshConfig(fsdp=8), "all_gather", False, 1, marks=pytest.mark.slow),
         (MeshConfig(fsdp=2, tensor=4), "all_gather", True, 1),
-        (MeshConfig(sequence=4, tensor=2), "ulysses", True, 1),
+        pytest.param(
+            *(MeshConfig(sequence=4, tensor=2), "ulysses", True, 1), marks=pytest.mark.slow
+        ),
         (MeshConfig(sequence=4, tensor=2), "ulysses", False, 1),
         # keys of the own part, and of the parts before
-        (MeshConfig(sequence=8), "all_gather", True, 2),
+        pytest.param(MeshConfig(sequence=8), "all_gather", True, 2, marks=pytest.mark.slow),
         (MeshConfig(sequence=8), "all_gather", False, 2),
     ],
     ids=str,
@@ -91,7 +93,13 @@ def test_collectives_are_those_of_xla(kind):
 
 
 @pytest.mark.parametrize(
-    ("remat", "forward"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)]
+    ("remat", "forward"),
+    [
+        pytest.param("none", 1, marks=pytest.mark.slow),
+        pytest.param("dots", 1, marks=pytest.mark.slow),
+        ("attention", 1),
+        ("full", 2),
+    ],
 )
 @pytest.mark.parametrize("kind", ["all_gather", "ulysses"])
 def test_attention_is_computed_again_only_by_full_remat(kind, remat, forward):

@@ -292,6 +292,7 @@ def test_state_of_any_optimizer_has_the_order_of_the_network(text, optimizer, mo
         assert verify.relative_error(found[1][name], leaf) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_pipeline_on_other_meshes(tmp_path, capsys):
     """The losses of the command are those of an unbroken run without a pipeline, and it tells its
     bubble."""

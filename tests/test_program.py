@@ -56,6 +56,7 @@ def config_of(text, *, microbatches=1, layers=4, **groups):  # noqa: F811
     return make_config(text, microbatches=microbatches, **settings, **groups)
 
 
+FAST = ("microbatches", "data x tensor", "unrolled by 3 of 4", "1f1b with chunks")
 CASES: dict[str, tuple[dict, dict]] = {
     "microbatches": (dict(), dict(microbatches=4)),
     "data x tensor": (dict(data=2, tensor=2), dict(parallel=dict(sequence_parallel=False))),
@@ -73,13 +74,17 @@ CASES: dict[str, tuple[dict, dict]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CASES]
+)
 def test_what_layers_add(text, case):  # noqa: F811
     sizes, groups = CASES[case]
     check(config_of(text, **groups), sizes)
 
 
-@pytest.mark.parametrize("case", ["microbatches", "1f1b with chunks", "gpipe"])
+@pytest.mark.parametrize(
+    "case", ["microbatches", "1f1b with chunks", pytest.param("gpipe", marks=pytest.mark.slow)]
+)
 def test_evaluation_counts_it_too(text, case):  # noqa: F811
     """The objective, and what each layer reports in the order of the network."""
     sizes, groups = CASES[case]

@@ -25,14 +25,15 @@ CASES = [
         dict(remat="full", microbatches=4, model=dict(layers=4)),
     ),
     # So many stages that the embedding stands in a branch.
-    (
+    pytest.param(
         MeshConfig(pipeline=4, tensor=2),
         dict(remat="none", microbatches=4, chunks=2, sequence_parallel=False, model=DEEP),
+        marks=pytest.mark.slow,
     ),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "fields"), CASES, ids=[str(sizes) for sizes, _ in CASES])
+@pytest.mark.parametrize(("sizes", "fields"), CASES, ids=str)
 def test_bytes_by_axes(sizes, fields):
     config = make_config(sizes, **fields)
     compiled: dict[str, float] = {}

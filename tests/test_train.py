@@ -381,6 +381,7 @@ def test_padding_is_not_counted(train, tmp_path, config_file, capsys):
 FLOAT16 = ("--config.precision.compute=float16", "--config.precision.loss_scale=65536")
 
 
+@pytest.mark.slow
 def test_the_loss_scale_after_a_change_of_precision(train, whole, tmp_path):
     """It begins where the checkpoint searched for none, and is nothing where none is wanted."""
     shutil.copytree(whole.workdir, tmp_path / "run")

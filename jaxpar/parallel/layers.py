@@ -209,7 +209,9 @@ def _put_at(total_n: jax.Array, i: Any, new: jax.Array, *, add: bool) -> jax.Arr
 
     def put(total_n: jax.Array, i: Any, new: jax.Array) -> jax.Array:
         new = new.astype(total_n.dtype)
-        return total_n.at[i].add(new) if add else total_n.at[i].set(new)
+        if add:
+            return total_n.at[i].add(new)
+        return jax.lax.dynamic_update_index_in_dim(total_n, new, i, axis=0)
 
     spec, spec_new = (jax.typeof(x).sharding.spec for x in (total_n, new))
     if not spec.unreduced:
