@@ -166,8 +166,8 @@ def _memory(peak: Peak) -> dict[str, int]:
 def verify(
     ranked: Sequence[Candidate], hardware: Hardware, top: int, timeout: float
 ) -> tuple[list[Candidate], dict[MeshConfig, dict[str, Any]]]:
-    """Compiles the best until the first `top` are compiled: those that turn out slower make room for
-    others, four at most.
+    """Compiles the best until the first `top` are compiled: those that turn out slower make room
+    for others, four at most.
 
     Returns:
       The candidates with compiled peaks in place of predicted ones, and waiting for collectives

@@ -73,18 +73,25 @@ class Candidate:
     Attributes:
       config: with the choices in it.
       mesh: sizes of the axes.
+      hardware: what it runs on.
       peak: bytes of a device.
-      time: of a step.
       fits: the device has so many bytes, besides `RESERVE`.
       overlaps: the peak leaves the compiler room to run collectives beside the computation.
+      synchronous: which collectives are waited for; see `step_time`.
     """
 
     config: Config
     mesh: MeshConfig
+    hardware: Hardware
     peak: Peak
-    time: StepTime
     fits: bool
     overlaps: bool
+    synchronous: float | Mapping[str, float]
+
+    @functools.cached_property
+    def time(self) -> StepTime:
+        """Of a step. Made when asked for: of thousands, those that do not fit need none."""
+        return step_time(self.config, self.mesh, self.hardware, synchronous=self.synchronous)
 
     @property
     def chunks(self) -> int:
@@ -305,8 +312,7 @@ def weigh(
     """
     fits, overlaps = _room(peak, hardware)
     waits = float(not overlaps) if synchronous is None else synchronous
-    time = step_time(config, mesh, hardware, synchronous=waits)
-    return Candidate(config, mesh, peak, time, fits, overlaps)
+    return Candidate(config, mesh, hardware, peak, fits, overlaps, waits)
 
 
 def _room(peak: Peak, hardware: Hardware) -> tuple[bool, bool]:
