@@ -108,11 +108,11 @@ def loss_and_gradients(
     start = _Carry(x, x, stash, waiting, totals, dlayers, dends)
 
     def tick(c: _Carry, now: _Now, phase: _Now) -> tuple[_Carry, None]:
-        y, dx = c.x, None
+        y, dy_last = c.x, c.dy
         if phase.forward.any():
-            c, y = stage.forward(c, now, phase)
+            c, y, dy_last = stage.forward(c, now, phase)
         if phase.backward.any():
-            c, dx = stage.backward(c, now, phase)
+            c, dx = stage.backward(c, dy_last, now, phase)
             y = _after(y, dx)
             c = c._replace(dy=_shift(dx, timetable.stages, -1))
         if phase.forward.any():
@@ -250,8 +250,9 @@ class _Stage:
 
         return jax.tree.map(put, totals, added)
 
-    def forward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array]:
-        """A chunk forward, and the loss of a microbatch where that is due.
+    def forward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array, jax.Array]:
+        """A chunk forward, and the loss of a microbatch where that is due: y of the chunk, and the
+        gradient of the last stage's.
 
         What the layers add is counted in their backward pass, which computes it again.
         """
@@ -260,16 +261,19 @@ class _Stage:
         kept = jnp.where(mine.active, x, c.stash[mine.slot])
         c = c._replace(stash=c.stash.at[mine.slot].set(kept))
         y, _ = self.run(x, mine)
-        before = c.totals.sums, c.dends, c.waiting
-        sums, dends, waiting = _when(
-            phase.loss, now.loss, lambda: self.loss(*before, y, now), before
+        before = c.totals.sums, c.dends
+        sums, dends, dy_last = _when(
+            phase.loss, now.loss, lambda: self.loss(*before, y, now), (*before, c.dy)
         )
-        totals = c.totals._replace(sums=sums)
-        return c._replace(totals=totals, dends=dends, waiting=waiting), y
+        c = c._replace(totals=c.totals._replace(sums=sums), dends=dends)
+        if self.timetable.waiting:
+            kept = jnp.where(now.loss >= 0, dy_last, c.waiting[now.loss])
+            c = c._replace(waiting=c.waiting.at[now.loss].set(kept))
+        return c, y, dy_last
 
-    def loss(
-        self, sums: Any, dends: Any, waiting: jax.Array, y: jax.Array, now: "_Now"
-    ) -> tuple[Any, Any, jax.Array]:
+    def loss(self, sums: Any, dends: Any, y: jax.Array, now: "_Now") -> tuple[Any, Any, jax.Array]:
+        """The sums and the gradients of `ends` with those of the microbatch that is due, and dy of
+        the last stage, on all of them."""
         microbatch, due = self.microbatch(now.loss), now.loss >= 0
         objective, pull, more = jax.vjp(
             lambda ends, y: self.program.finish(ends, y, microbatch),
@@ -277,15 +281,16 @@ class _Stage:
             has_aux=True,
         )
         dfinish, dy = pull(jnp.where(due, 1, 0).astype(objective.dtype))
-        place = jnp.maximum(now.loss, 0) % waiting.shape[0]
-        dy = jnp.where(due, jax.lax.psum(dy, AXIS), waiting[place])
-        return _added(sums, more, now.loss), add(dends, dfinish), waiting.at[place].set(dy)
+        return _added(sums, more, now.loss), add(dends, dfinish), jax.lax.psum(dy, AXIS)
 
-    def backward(self, c: _Carry, now: "_Now", phase: "_Now") -> tuple[_Carry, jax.Array]:
+    def backward(
+        self, c: _Carry, dy_last: jax.Array, now: "_Now", phase: "_Now"
+    ) -> tuple[_Carry, jax.Array]:
         """A chunk backward, from its input, and the gradient of the embedding where one is due."""
         program, table = self.program, self.timetable
         mine = _mine(now.backward, self.index)
-        dy_last = c.waiting[mine.microbatch % c.waiting.shape[0]]
+        if table.waiting:
+            dy_last = c.waiting[mine.microbatch]
         dy = jnp.where(
             (self.index == table.stages - 1) & (mine.chunk == table.chunks - 1), dy_last, c.dy
         )

@@ -67,14 +67,15 @@ def _microbatch(work: Work | None, chunk: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class Timetable:
     """All ticks of a step. `slots` is the size of the stash: the most inputs that a stage holds at
-    a time. `waiting`: the most losses whose gradients the last stage holds."""
+    a time. `waiting`: the losses whose gradients the last stage holds, if they are not used
+    at once."""
 
     stages: int
     microbatches: int
     chunks: int
     ticks: tuple[Tick, ...]
     slots: int
-    waiting: int = 1
+    waiting: int = 0
 
     @property
     def bubble(self) -> float:
@@ -137,7 +138,7 @@ def timetable(schedule: str, stages: int, microbatches: int, chunks: int = 1) ->
         Tick(tuple(f.get(t) for f in forward), tuple(b.get(t) for b in backward))
         for t in range(length)
     )
-    return Timetable(p, M, v, tuple(ticks), max(slots), M if schedule == "gpipe" else 1)
+    return Timetable(p, M, v, tuple(ticks), max(slots), M if schedule == "gpipe" else 0)
 
 
 def in_all(needed: int, ticks: int) -> bool:
@@ -190,7 +191,7 @@ def forward_only(timetable: Timetable) -> Timetable:
     """The same without backward passes, for evaluation."""
     none = (None,) * timetable.stages
     ticks = tuple(Tick(tick.forward, none) for tick in timetable.ticks if any(tick.forward))
-    return dataclasses.replace(timetable, ticks=ticks, slots=1, waiting=1)
+    return dataclasses.replace(timetable, ticks=ticks, slots=1, waiting=0)
 
 
 def _with_slots(

@@ -178,7 +178,7 @@ def _shape(line: Line, index: tuple[int, ...]) -> str:
     return str(found[0]) if len(found) == 1 else ""
 
 
-_STACKS = {"sum": "gradients", "result": "gradients", "queue": "stash", "kept": "activations"}
+_STACKS = {"sum": "gradients", "result": "gradients", "queue": "activations", "kept": "activations"}
 
 
 def _part(graph: Graph, source: hlo.Sources, maker: Value) -> str:
@@ -195,7 +195,8 @@ def _part(graph: Graph, source: hlo.Sources, maker: Value) -> str:
         if files & _ENDS:
             return "logits"
         if stack := graph.stack(value):
-            return _STACKS[stack]
+            part, line = _STACKS[stack], source.of(told.rest) if told else ""
+            return "stash" if part == "activations" and line.startswith(_STAGES) else part
         if files & _UPDATE or (files and files <= _AROUND):
             return "gradients"
         if files and not graph.moved(value):
@@ -203,6 +204,8 @@ def _part(graph: Graph, source: hlo.Sources, maker: Value) -> str:
     return "working"
 
 
+_STAGES = "parallel/pipeline.py"
+"""Where what waits between the ticks of a pipeline is put away."""
 _ENDS = {"loss.py", "parallel/vocabulary.py"}
 _UPDATE = {"optimizer.py"}
 _AROUND = {"step.py", "compile.py", "report/account.py", "parallel/reduce.py"}
