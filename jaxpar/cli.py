@@ -277,8 +277,8 @@ def _check_names(argv: Sequence[str]) -> None:
 
 def _dotted(argv: Sequence[str]) -> list[tuple[str, str]]:
     """What the arguments name: `("config", "train.steps")`, `("mesh", "fsdp")`."""
-    found = (re.match(r"--?(?:no)?(config|mesh)\.([\w.]*)", arg) for arg in argv)
-    return [(match[1], match[2]) for match in found if match]
+    matches = (re.match(r"--?(?:no)?(config|mesh)\.([\w.]*)", arg) for arg in argv)
+    return [(match[1], match[2]) for match in matches if match]
 
 
 def _help(doc: str, options: Mapping[str, Option], *, config: bool) -> str:

@@ -55,14 +55,14 @@ def find_target(request: cli.Request) -> Target:
         return Target(cpu_devices=request.cpu_devices or 0)
     if request.cpu_devices:
         raise ConfigError("--hardware and --cpu_devices exclude each other; leave one out")
-    found = find(name)
+    gpu = find(name)
     if not topology:
         if -1 in request.mesh.values():
             raise ConfigError(
                 "a mesh size of -1 needs to know the number of devices; give --topology, as 8x1x8"
             )
-        topology = found.topology(resolve_mesh(request.mesh, None).devices)
-    target = Target(found, topology)
+        topology = gpu.topology(resolve_mesh(request.mesh, None).devices)
+    target = Target(gpu, topology)
     try:
         resolve_mesh(request.mesh, target.devices)
     except ConfigError as error:
@@ -107,9 +107,9 @@ def compile_remedies(
     mesh, peak, room = MeshConfig(**report["mesh"]), report["memory"]["peak"], report["room"]
     gpu = target.hardware or of_kind(report["backend"])  # for the order alone
     scale = peak / peak_memory(config, mesh).total
-    found = remedy.changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
+    changes = remedy.changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
     tried: list[dict[str, Any]] = []
-    for change in found[: 2 * most]:
+    for change in changes[: 2 * most]:
         if sum(row["fits"] for row in tried) == most:
             break
         try:
@@ -201,10 +201,10 @@ def leaf_table(report: Mapping[str, Any], rows: int) -> Table:
 
 def buffer_table(report: Mapping[str, Any], rows: int) -> Table:
     """Temporary arrays that live at the peak."""
-    found = report["temporaries"]
-    many = f"the {min(rows, len(found))} largest of {len(found)} temporaries"
+    buffers = report["temporaries"]
+    many = f"the {min(rows, len(buffers))} largest of {len(buffers)} temporaries"
     table = _table(f"{many} at the peak", "MiB", text="array, and what made it")
-    for buffer in found[:rows]:
+    for buffer in buffers[:rows]:
         made_by = buffer["source"] or buffer["operation"] or "the compiler"
         told = f"{buffer['shape'] or 'an array'} for {PART_NAMES[buffer['part']]}"
         table.add_row(mib(buffer["bytes"]), _two_lines(told, made_by))
@@ -213,11 +213,11 @@ def buffer_table(report: Mapping[str, Any], rows: int) -> Table:
 
 def traffic_table(report: Mapping[str, Any], rows: int) -> Table:
     """Collectives, the longest first."""
-    found = report["collectives"]
-    many = f"the {min(rows, len(found))} longest of {len(found)} collectives"
+    collectives = report["collectives"]
+    many = f"the {min(rows, len(collectives))} longest of {len(collectives)} collectives"
     numbers = ("MiB", "times", "ms")
     table = _table(f"{many}; ms at link speed, of all times", *numbers, text="collective")
-    for row in found[:rows]:
+    for row in collectives[:rows]:
         ms = "" if row["seconds"] is None else f"{1e3 * row['seconds']:.2f}"
         waits = ", asynchronous" if row["asynchronous"] else ""
         told = f"{row['op']} over {'+'.join(row['axes'])}, {row['dtype']}{waits}"

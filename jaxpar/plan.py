@@ -100,7 +100,7 @@ _CROWDED = "; memory is too full for the compiler to run traffic beside computat
 
 def _over_links(candidate: Candidate) -> bool:
     """Whether something could run beside the computation if there was room."""
-    return any(found.hidden for found in transfers(candidate.config, candidate.mesh))
+    return any(transfer.hidden for transfer in transfers(candidate.config, candidate.mesh))
 
 
 def _across(axes: str, candidate: Candidate, hardware: Hardware) -> str:
@@ -177,7 +177,9 @@ def verify(
     target = Target(hardware, hardware.topology(ranked[0].mesh.devices))
     told: dict[MeshConfig, dict[str, Any]] = {}
     for _ in range(top + 4):
-        todo = next((n for n, found in enumerate(ranked[:top]) if found.mesh not in told), None)
+        todo = next(
+            (n for n, candidate in enumerate(ranked[:top]) if candidate.mesh not in told), None
+        )
         if todo is None:
             break
         before = ranked[todo]
@@ -208,11 +210,11 @@ def _traffic(
     asynchronous."""
     sent: dict[str, tuple[int, float]] = {}
     waited: dict[str, float] = {}
-    for found in collectives:
-        axes, seconds = "+".join(found["axes"]), found["seconds"] or 0.0
+    for collective in collectives:
+        axes, seconds = "+".join(collective["axes"]), collective["seconds"] or 0.0
         size, so_far = sent.get(axes, (0, 0.0))
-        sent[axes] = size + found["bytes"], so_far + seconds
-        if not found["asynchronous"] and seconds:
+        sent[axes] = size + collective["bytes"], so_far + seconds
+        if not collective["asynchronous"] and seconds:
             waited[axes] = waited.get(axes, 0.0) + seconds
     return sent, waited
 
@@ -283,11 +285,11 @@ def _settings(row: Mapping[str, Any]) -> str:
 def best_pipeline(ranked: Sequence[Candidate]) -> tuple[str, str]:
     """The pipeline of the best candidate that has one, in words and as SVG; "" and "" where none
     has."""
-    for place, found in enumerate(ranked, 1):
-        if (stages := found.mesh.pipeline) > 1:
-            parallel, M = found.config.parallel, found.config.train.microbatches
+    for place, candidate in enumerate(ranked, 1):
+        if (stages := candidate.mesh.pipeline) > 1:
+            parallel, M = candidate.config.parallel, candidate.config.train.microbatches
             return (
-                f"the best pipelined mesh, number {place}: {found.mesh} with {M} microbatches",
+                f"the best pipelined mesh, number {place}: {candidate.mesh} with {M} microbatches",
                 picture(parallel.schedule, stages, M, parallel.chunks),
             )
     return "", ""
@@ -363,7 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         "devices": devices,
         "pipelined": pipelined,
         "candidates": [
-            as_json(found, ranked[0], hardware, pins) | told.get(found.mesh, {}) for found in ranked
+            as_json(candidate, ranked[0], hardware, pins) | told.get(candidate.mesh, {})
+            for candidate in ranked
         ],
         "illegal": {
             rule: [str(mesh) for mesh in refused]

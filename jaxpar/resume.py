@@ -91,34 +91,34 @@ def plan_start(workdir: Path, config: Config) -> Start:
       ConfigError: what differs is refused, the batch size does not divide the position in the data,
         or `find_checkpoint` refuses.
     """
-    found = find_checkpoint(workdir, config)
-    if found is None:
+    checkpoint = find_checkpoint(workdir, config)
+    if checkpoint is None:
         return Start(tokenizer=config.data.tokenizer)
-    before, position = load_config(found), load_position(found)
+    before, position = load_config(checkpoint), load_position(checkpoint)
     tokenizer, gone = config.data.tokenizer, ""
-    copy = carried_tokenizer(found)
+    copy = carried_tokenizer(checkpoint)
     if copy and tokenizer == before.data.tokenizer and not Path(tokenizer).expanduser().exists():
         tokenizer, gone = str(copy), f"; {tokenizer} is gone, its copy in the checkpoint is used"
     current = marks(dataclasses.replace(config.data, tokenizer=tokenizer))
-    changes, moved = _changes(before, config, load_marks(found), current)
-    own, step = of_workdir(found, workdir), position.step
+    changes, moved = _changes(before, config, load_marks(checkpoint), current)
+    own, step = of_workdir(checkpoint, workdir), position.step
     if copy and "data.tokenizer" in changes:
         own_copy = f" (the checkpoint's own is {copy})"
         changes["data.tokenizer"] = dataclasses.replace(changes["data.tokenizer"], note=own_copy)
-    _refuse(found, workdir, config, changes, _broken(before, config, step) if own else set())
+    _refuse(checkpoint, workdir, config, changes, _broken(before, config, step) if own else set())
     other_data = [path for path in changes if path in _ORDER_OF_DATA]
     samples = 0 if other_data else position.samples
     check_batch_size(samples, config.train.batch_size)
     told = [*(change.told() for change in changes.values()), *moved]
     return Start(
         tokenizer=tokenizer,
-        checkpoint=found,
+        checkpoint=checkpoint,
         step=step,
         samples=samples,
         tokens=0 if other_data else position.tokens or samples * config.data.sequence_length,
         before=before,
-        run=run_of(found),
-        message=f"{'continuing' if own else 'starting'} from step {step} of {run_of(found)}"
+        run=run_of(checkpoint),
+        message=f"{'continuing' if own else 'starting'} from step {step} of {run_of(checkpoint)}"
         + (f"; changed since: {', '.join(told)}" if told else "")
         + ("; the data is other than it was, so it begins at its start" if other_data else "")
         + gone,

@@ -133,14 +133,14 @@ def show_activations(
     Returns:
       The types by name, in the order of the computation.
     """
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     for name, kind in _named(jax.make_jaxpr(function)(*arguments).jaxpr):
-        found.setdefault(name, kind)
+        types.setdefault(name, kind)
     table = Table("activation", "type")
-    for name, kind in found.items():
+    for name, kind in types.items():
         table.add_row(name, kind)
     (console or Console()).print(table)
-    return found
+    return types
 
 
 def _named(jaxpr: Any) -> Iterator[tuple[str, str]]:

@@ -79,27 +79,27 @@ def find_source(source: str, field: str = "data.source") -> Source:
             if splits.get(file.name) == "validation"
             or (file.name not in splits and _names_validation(file))
         )
-        found = Source(source, tuple(file for file in files if file not in held), held)
-        if not found.files:
+        opened = Source(source, tuple(file for file in files if file not in held), held)
+        if not opened.files:
             raise ConfigError(
                 f"{field}={source!r} holds only validation shards; add training shards to it"
             )
     elif path.exists() or not any(wildcard in source for wildcard in "*?["):
-        found = Source(source, (path,))
+        opened = Source(source, (path,))
     else:
         root = Path(path.anchor)
-        found = Source(source, tuple(sorted(root.glob(str(path.relative_to(root))))))
-        if not found.files:
+        opened = Source(source, tuple(sorted(root.glob(str(path.relative_to(root))))))
+        if not opened.files:
             raise ConfigError(
                 f"{field}={source!r} matches no file; check the pattern, or use {OFFLINE}"
             )
-    for file in found.files + found.validation:
+    for file in opened.files + opened.validation:
         _check_file(file, field)
-    if len({file.suffix == ".bin" for file in found.files}) > 1:
+    if len({file.suffix == ".bin" for file in opened.files}) > 1:
         raise ConfigError(
             f"{field}={source!r} mixes text and token shards; name one kind, such as '*.bin'"
         )
-    return found
+    return opened
 
 
 def _names_validation(file: Path) -> bool:
@@ -135,10 +135,10 @@ def content_mark(source: str, field: str = "data.source") -> str | None:
     """
     if not source or source in NAMED:
         return None
-    found, digest = find_source(source, field), hashlib.sha256()
-    beside = dict.fromkeys(file.with_name(MANIFEST) for file in found.files if found.shards)
+    opened, digest = find_source(source, field), hashlib.sha256()
+    beside = dict.fromkeys(file.with_name(MANIFEST) for file in opened.files if opened.shards)
     manifests = tuple(filter(Path.is_file, beside))
-    for files in (found.files, found.validation, manifests):
+    for files in (opened.files, opened.validation, manifests):
         digest.update(f"{len(files)} files\n".encode())
         for file in files:
             size = file.stat().st_size
@@ -348,10 +348,10 @@ def download(repository: str, name: str, folder: Path, *, endpoint: str | None =
 
 def _accept(partial: Path, path: Path, announced: str | None) -> None:
     with partial.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != announced:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != announced:
         partial.unlink()
         raise ConfigError(
-            f"{path.name} arrived with sha256 {found}, but {announced} was announced; run again"
+            f"{path.name} arrived with sha256 {digest}, but {announced} was announced; run again"
         )
     partial.replace(path)

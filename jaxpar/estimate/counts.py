@@ -112,15 +112,15 @@ def orthogonalized(config: Config, mesh: MeshConfig) -> list[Orthogonalized]:
     if config.optimizer.name != "muon":
         return []
     model, table = config.model, Dimensions.of(config.parallel, mesh.pipeline)
-    found = []
+    stacks = []
     for row in parameters(model).values():
         if row.orthogonalized:
             axes = tuple(a for a in table.axes(row.dims[1:]) if getattr(mesh, a) > 1)
             sharers = mesh.pipeline * math.prod(getattr(mesh, axis) for axis in axes)
             rows = math.prod(size_of(dim, model) for dim in row.contracts)
             columns = row.size(model) // (model.layers * rows)
-            found.append(Orthogonalized(axes, -(-model.layers // sharers), rows, columns))
-    return found
+            stacks.append(Orthogonalized(axes, -(-model.layers // sharers), rows, columns))
+    return stacks
 
 
 def describe_batch(config: Config, mesh: MeshConfig) -> str:

@@ -162,9 +162,9 @@ def find(name: str) -> Hardware:
             for dtype in DTYPES
             if f"{dtype}_tflops" in fields
         }
-        found = _make(path.stem, target or _description(fields), *links, peaks)
+        described = _make(path.stem, target or _description(fields), *links, peaks)
         rates = Rates(**{name: fields[name] for name in _RATES if name in fields})
-        return dataclasses.replace(found, rates=rates, target=target)
+        return dataclasses.replace(described, rates=rates, target=target)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--hardware={name}: {error}; see jaxpar/estimate/hardware.py") from error
 

@@ -147,17 +147,17 @@ def rank(config: Config, hardware: Hardware, devices: int, pins: Pins = ANY) -> 
         does not tell the peak of the dtype that it computes in.
     """
     hardware.peak(config.precision.compute)
-    found = []
+    candidates = []
     for mesh in meshes(devices, pins):
         try:
-            found += [
+            candidates += [
                 _best_remat(choice, mesh, hardware, pins) for choice in legal(config, mesh, pins)
             ]
         except ConfigError:
             continue
-    if not found:
+    if not candidates:
         raise ConfigError(_nothing_legal(config, devices, pins))
-    return sorted(found, key=order)
+    return sorted(candidates, key=order)
 
 
 ALIKE = 0.003
@@ -188,8 +188,8 @@ def meshes(devices: int, pins: Pins = ANY) -> Iterator[MeshConfig]:
                 for rest in sizes(axes[1:], left // size):
                     yield (size, *rest)
 
-    for found in sizes(AXES, devices):
-        yield MeshConfig(*found)
+    for shape in sizes(AXES, devices):
+        yield MeshConfig(*shape)
 
 
 @functools.cache
@@ -235,8 +235,8 @@ def choices(config: Config, mesh: MeshConfig, pins: Pins = ANY) -> Iterator[Conf
     """
     staged, sequences = mesh.pipeline > 1, config.train.batch_size // mesh.batch_shards
 
-    def options(path: str, *found: Any) -> tuple[Any, ...]:
-        return (value_of(config, path),) if path in pins.fields or not found else found
+    def options(path: str, *tried: Any) -> tuple[Any, ...]:
+        return (value_of(config, path),) if path in pins.fields or not tried else tried
 
     counts = () if config.train.batch_size % mesh.batch_shards else divisors(sequences)
     counts = [n for n in counts if n >= min(mesh.pipeline, sequences)]
@@ -333,14 +333,14 @@ def best_of_each_mesh(ranked: Iterable[Candidate]) -> list[Candidate]:
 def illegal(config: Config, devices: int, pins: Pins = ANY) -> dict[str, list[MeshConfig]]:
     """Meshes that the rules of the config refuse, by the rule that does, the one that refuses most
     first. Of rules that differ in numbers alone, the words of the first."""
-    found: dict[str, tuple[str, list[MeshConfig]]] = {}
+    rules: dict[str, tuple[str, list[MeshConfig]]] = {}
     for mesh in meshes(devices, pins):
         try:
             next(legal(config, mesh, pins))
         except ConfigError as error:
             rule = re.sub(r"\d+", "", str(error).split(";")[0])
-            found.setdefault(rule, (str(error), []))[1].append(mesh)
-    return dict(sorted(found.values(), key=lambda rule: -len(rule[1])))
+            rules.setdefault(rule, (str(error), []))[1].append(mesh)
+    return dict(sorted(rules.values(), key=lambda rule: -len(rule[1])))
 
 
 def _nothing_legal(config: Config, devices: int, pins: Pins) -> str:

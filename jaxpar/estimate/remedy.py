@@ -52,7 +52,7 @@ def changes(
       scale: compiled peak over predicted peak of the run as it is, where it is known.
       pins: what the command line names. It is kept, unless nothing that keeps it fits.
     """
-    found: dict[str, Change] = {}
+    by_flags: dict[str, Change] = {}
     for flags, changed, sizes in _candidates(config, mesh, hardware, pins):
         try:
             validate_mesh(changed, sizes)
@@ -60,13 +60,13 @@ def changes(
             continue
         peak = int(scale * peak_memory(changed, sizes).total)
         if peak <= room:
-            found.setdefault(
+            by_flags.setdefault(
                 flags,
                 Change(flags, changed, sizes, peak, step_time(changed, sizes, hardware).total),
             )
-    if not found and pins != ANY:
+    if not by_flags and pins != ANY:
         return changes(config, mesh, hardware, room=room, scale=scale)
-    return sorted(found.values(), key=lambda change: change.seconds)
+    return sorted(by_flags.values(), key=lambda change: change.seconds)
 
 
 def _candidates(
@@ -74,9 +74,9 @@ def _candidates(
 ) -> Iterator[tuple[str, Config, MeshConfig]]:
     """One field changed, or two, or the mesh."""
 
-    def options(path: str, *found: Any) -> tuple[Any, ...]:
+    def options(path: str, *tried: Any) -> tuple[Any, ...]:
         now = value_of(config, path)
-        return (now,) if path in pins.fields else tuple(dict.fromkeys((now, *found)))
+        return (now,) if path in pins.fields else tuple(dict.fromkeys((now, *tried)))
 
     policies = list(REMAT)
     now = policies.index(config.memory.remat) if config.memory.remat in policies else 0
@@ -135,13 +135,13 @@ def out_of_memory(
     peak = peak_memory(config, mesh)
     # Where the arithmetic says that it fits, it is too low by at least this.
     scale = max(1.0, room / peak.total)
-    found = changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
+    fitting = changes(config, mesh, gpu, room=room, scale=scale, pins=pins)
     kept = [arg for arg in arguments if arg.startswith(("--config", "--mesh", "--cpu_devices"))]
     lines = [
         f"a device ran out of memory. By arithmetic, a step needs {human(peak.total)} of "
         f"{human(room)}, most of it for {blame(vars(peak))}",
-        *(["what should fit, the fastest first:"] if found else []),
-        *(f"  {change.flags}  ({human(change.predicted)})" for change in found[:3]),
+        *(["what should fit, the fastest first:"] if fitting else []),
+        *(f"  {change.flags}  ({human(change.predicted)})" for change in fitting[:3]),
         f"every buffer by name: python -m jaxpar.explain {' '.join(kept)}",
     ]
     return "\n".join(lines)

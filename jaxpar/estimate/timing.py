@@ -171,11 +171,11 @@ def _matmuls(
         losses = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks).losses
     head = 6 * model.dim * model.vocab_size
     narrow = min(rows, model.dim, model.vocab_size / (mesh.tensor * mesh.pipeline))
-    found: list[tuple[float, float, float]] = [(head, head * (losses / M - 1), narrow)]
+    products: list[tuple[float, float, float]] = [(head, head * (losses / M - 1), narrow)]
     for label, size in _products(model):
         across = size / (model.layers * model.dim * mesh.tensor)  # every one is [L, D, ...]
-        found.append((6 * size, again.get(label, 0), min(rows, model.dim, across)))
-    return found
+        products.append((6 * size, again.get(label, 0), min(rows, model.dim, across)))
+    return products
 
 
 @functools.cache

@@ -42,11 +42,11 @@ def transfers(config: Config, mesh: MeshConfig) -> list[Transfer]:
     return [transfer for transfer in every if transfer.axes and transfer.size]
 
 
-def by_axes(found: list[Transfer], *, listed: bool = False) -> dict[str, float]:
+def by_axes(sent: list[Transfer], *, listed: bool = False) -> dict[str, float]:
     """Bytes by axes, as `fsdp` or `data+sequence`: as sent, or as the compiled program lists
     them."""
     sums: dict[str, float] = {}
-    for transfer in found:
+    for transfer in sent:
         name = "+".join(transfer.axes)
         count = transfer.listed if listed and transfer.listed is not None else transfer.count
         sums[name] = sums.get(name, 0.0) + transfer.size * count
@@ -70,9 +70,9 @@ def _turns(config: Config, mesh: MeshConfig) -> _Turns:
     parallel, M, L = config.parallel, config.train.microbatches, config.model.layers
     if mesh.pipeline == 1:
         return _Turns(L * M, 1, (M, M, M), (M, M, M))
-    found = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks)
-    ends = found.embeddings, found.losses, found.gradients
-    return _Turns(L // (mesh.pipeline * parallel.chunks) * found.chunks, 2, ends, found.listed)
+    counted = turns(parallel.schedule, mesh.pipeline, M, parallel.chunks)
+    ends = counted.embeddings, counted.losses, counted.gradients
+    return _Turns(L // (mesh.pipeline * parallel.chunks) * counted.chunks, 2, ends, counted.listed)
 
 
 def _weights(config: Config, mesh: MeshConfig, turns: _Turns) -> Iterator[Transfer]:

@@ -43,8 +43,8 @@ def capability() -> tuple[int, int] | None:
 
     mesh = jax_mesh.get_concrete_mesh()
     device = None if mesh is None or mesh.empty else mesh.devices.flat[0]
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    return (int(found[1]), int(found[2])) if found else None
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(version[1]), int(version[2])) if version else None
 
 
 def refusal(

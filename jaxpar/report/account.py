@@ -101,59 +101,61 @@ def collectives_of(text: str, mesh: Mesh, hardware: Hardware | None) -> list[dic
     """The collectives of a step, alike ones added up, the longest first. `bytes` and `seconds` are
     those of all `count`, `size` of one."""
     rows: dict[tuple, dict[str, Any]] = {}
-    for found in hlo.collectives(text, mesh):
-        if not found.axes:
+    for collective in hlo.collectives(text, mesh):
+        if not collective.axes:
             continue
         key = (
-            found.kind,
-            found.axes,
-            found.dtype,
-            found.bytes,
-            found.source,
-            found.phase,
-            found.asynchronous,
+            collective.kind,
+            collective.axes,
+            collective.dtype,
+            collective.bytes,
+            collective.source,
+            collective.phase,
+            collective.asynchronous,
         )
         row = rows.setdefault(
             key,
             {
-                "op": found.kind,
-                "axes": list(found.axes),
-                "dtype": found.dtype,
-                "size": found.bytes,
+                "op": collective.kind,
+                "axes": list(collective.axes),
+                "dtype": collective.dtype,
+                "size": collective.bytes,
                 "bytes": 0,
                 "count": 0,
-                "source": found.source,
-                "phase": found.phase,
-                "asynchronous": found.asynchronous,
+                "source": collective.source,
+                "phase": collective.phase,
+                "asynchronous": collective.asynchronous,
                 "seconds": None,
             },
         )
-        row["count"] += found.count
-        row["bytes"] += found.bytes * found.count
-        if hardware and found.group:
+        row["count"] += collective.count
+        row["bytes"] += collective.bytes * collective.count
+        if hardware and collective.group:
             near = max(
-                sum(n // hardware.domain == m // hardware.domain for m in found.group)
-                for n in found.group[:1]
+                sum(n // hardware.domain == m // hardware.domain for m in collective.group)
+                for n in collective.group[:1]
             )
-            once = collective_seconds(found.kind, found.bytes, len(found.group), near, hardware)
-            row["seconds"] = (row["seconds"] or 0) + once * found.count
+            once = collective_seconds(
+                collective.kind, collective.bytes, len(collective.group), near, hardware
+            )
+            row["seconds"] = (row["seconds"] or 0) + once * collective.count
     return sorted(rows.values(), key=lambda row: (-(row["seconds"] or 0), -row["bytes"]))
 
 
 def parts(report: Mapping[str, Any], buffers: Iterable[Buffer]) -> dict[str, int]:
     """Bytes of a device at its peak by what they are for, as in `PART_NAMES`; none is below 0, and
     their sum is the peak. Arguments are there all along."""
-    memory, found = report["memory"], dict.fromkeys(PART_NAMES, 0)
+    memory, parts = report["memory"], dict.fromkeys(PART_NAMES, 0)
     for leaf in report["by_parameter"]:
         if leaf["memory"] == "device":
             of_model = leaf["name"].startswith("model.")
-            found["params" if of_model else "optimizer"] += leaf["bytes_per_device"]
-    found["batch"] = memory["arguments"] - sum(found.values())
+            parts["params" if of_model else "optimizer"] += leaf["bytes_per_device"]
+    parts["batch"] = memory["arguments"] - sum(parts.values())
     for buffer in buffers:
-        found[buffer.part] += buffer.bytes
-    found["gaps"] = memory["peak"] - sum(found.values())
-    assert min(found.values()) >= 0, f"parts of memory below 0: {found}"
-    return found
+        parts[buffer.part] += buffer.bytes
+    parts["gaps"] = memory["peak"] - sum(parts.values())
+    assert min(parts.values()) >= 0, f"parts of memory below 0: {parts}"
+    return parts
 
 
 def _buffers(dump: Path, text: str) -> list[Buffer]:

@@ -37,8 +37,8 @@ class Target:
     @classmethod
     def absent(cls, hardware: str, devices: int) -> "Target":
         """So many GPUs of a kind (`h100`, or a hardware file), in hosts as they are sold."""
-        found = find(hardware)
-        return cls(found, found.topology(devices))
+        gpu = find(hardware)
+        return cls(gpu, gpu.topology(devices))
 
     @property
     def devices(self) -> int | None:

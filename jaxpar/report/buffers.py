@@ -48,7 +48,7 @@ def at_peak(assignment: str, live_ranges: str, text: str) -> list[Buffer]:
         for value, place in places.items()
         if value in ranges and ranges[value][0] <= moment <= ranges[value][1]
     }
-    found, taken = [], defaultdict(list)
+    buffers, taken = [], defaultdict(list)
     outside = _wrapped(live_ranges, graph)
     # Of values that share memory the last one says most about it.
     for value, place in sorted(
@@ -61,13 +61,13 @@ def at_peak(assignment: str, live_ranges: str, text: str) -> list[Buffer]:
             name, index = value
             if name in outside:
                 value = outside[name], (1, *index)
-            found.append(_buffer(graph, source, value, free))
-    return sorted(found, key=lambda buffer: -buffer.bytes)
+            buffers.append(_buffer(graph, source, value, free))
+    return sorted(buffers, key=lambda buffer: -buffer.bytes)
 
 
 def _places(assignment: str) -> dict[Value, _Place]:
     """Where values lie that lie in temporary memory of the device."""
-    found, arena, temporary = {}, 0, False
+    places, arena, temporary = {}, 0, False
     for line in assignment.splitlines():
         if head := re.match(r"allocation (\d+): size \d+, ?(.*)", line):
             arena = int(head[1])
@@ -80,10 +80,10 @@ def _places(assignment: str) -> dict[Value, _Place]:
                 line,
             )
         ):
-            found[value[1], _index(value[2])] = _Place(arena, int(value[4]), int(value[3]))
+            places[value[1], _index(value[2])] = _Place(arena, int(value[4]), int(value[3]))
         elif not line.startswith(" "):
             temporary = False
-    return found
+    return places
 
 
 def _ranges(live_ranges: str) -> dict[Value, tuple[int, int]]:
@@ -174,8 +174,8 @@ def _shape(line: Line, index: tuple[int, ...]) -> str:
             else:
                 parts[-1] += letter
         text = parts[place] if place < len(parts) else ""
-    found = hlo.arrays(text)
-    return str(found[0]) if len(found) == 1 else ""
+    parsed = hlo.arrays(text)
+    return str(parsed[0]) if len(parsed) == 1 else ""
 
 
 _STACKS = {"sum": "gradients", "result": "gradients", "queue": "activations", "kept": "activations"}

@@ -39,8 +39,8 @@ class Line:
     @property
     def op_name(self) -> str:
         """jax's name for what it computes; of an argument the path of the leaf."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     @property
     def operands(self) -> list[str]:
@@ -70,9 +70,9 @@ class Graph:
         computations, self.entry = hlo.computations_of(text)
         for computation, body in computations.items():
             for text_line in body:
-                if not (found := hlo.INSTRUCTION.match(text_line)):
+                if not (match := hlo.INSTRUCTION.match(text_line)):
                     continue
-                line = Line(computation, found[1], found[2], found[3], found[4])
+                line = Line(computation, match[1], match[2], match[3], match[4])
                 self.lines[line.name] = line
                 self._bodies[computation].append(line)
                 if text_line.lstrip().startswith("ROOT "):
@@ -163,8 +163,8 @@ class Graph:
                 caller = self._callers.get(line.computation)
                 if caller is None or caller.operation != "fusion":
                     return None
-                found = (self._operand(caller, line), index)
-                return self.maker(found)
+                operand = (self._operand(caller, line), index)
+                return self.maker(operand)
             elif line.operation in ("tuple", "get-tuple-element"):
                 before = self._before((name, index))
                 if before is None:
@@ -228,13 +228,13 @@ class Graph:
             sources = [before]
         if not sources:
             return None
-        found: set[str] = set()
+        files: set[str] = set()
         for source in sources:
             paths = self.copied(source, seen)
             if paths is None:
                 return None
-            found |= paths
-        return found
+            files |= paths
+        return files
 
     def stack(self, value: Value) -> str:
         """What a stack is for that a loop writes entry by entry, by how it is read: `sum`, entries
@@ -303,12 +303,12 @@ class Graph:
 
     def _writes(self, loop: Line, slot: tuple[int, ...], value: Value) -> bool:
         """Whether the body of a loop puts a value into a slot of what it carries."""
-        found: Value | None = (self._roots[loop.called[0]], slot)
-        while found is not None and found != value:
-            if self.lines[found[0]].operation in ("parameter", "while"):
+        source: Value | None = (self._roots[loop.called[0]], slot)
+        while source is not None and source != value:
+            if self.lines[source[0]].operation in ("parameter", "while"):
                 return False
-            found = self._before(found)
-        return found == value
+            source = self._before(source)
+        return source == value
 
     def _slices(self, value: Value, seen: set[Value]) -> Iterator[Line]:
         """Whatever reads an entry of a stack: forward through views, tuples, loops and fusions."""
@@ -379,6 +379,6 @@ def _number(parameter: Line) -> int:
 
 
 def _index(line: Line) -> int:
-    found = re.search(r"index=(\d+)", line.rest)
-    assert found, f"a get-tuple-element without index: {line.rest[:100]}"
-    return int(found[1])
+    match = re.search(r"index=(\d+)", line.rest)
+    assert match, f"a get-tuple-element without index: {line.rest[:100]}"
+    return int(match[1])

@@ -75,11 +75,11 @@ def collectives(text: str, mesh: "Mesh") -> list[Collective]:
     """
     groups, source = _axis_groups(mesh), Sources(text)
     everything = list(instructions(text))
-    made_by = {found.name: found.rest for found in everything}
+    made_by = {instruction.name: instruction.rest for instruction in everything}
     return [
-        _collective(kind, found, groups, source, _described(found.rest, made_by))
-        for found in everything
-        if (kind := found.operation.removesuffix("-start")) in KINDS
+        _collective(kind, instruction, groups, source, _described(instruction.rest, made_by))
+        for instruction in everything
+        if (kind := instruction.operation.removesuffix("-start")) in KINDS
     ]
 
 
@@ -91,14 +91,16 @@ def flops(text: str) -> int:
     computations, _ = computations_of(text)
     types: dict[str, dict[str, str]] = {}
     total = 0
-    for found in instructions(text):
-        if found.operation != "dot" and "custom_call_target" not in found.rest:
+    for instruction in instructions(text):
+        if instruction.operation != "dot" and "custom_call_target" not in instruction.rest:
             continue
-        if found.computation not in types:
-            lines = map(INSTRUCTION.match, computations[found.computation])
-            types[found.computation] = {match[1]: match[2] for match in lines if match}
-        operands = [types[found.computation].get(name, "") for name in operands_of(found.rest)]
-        total += found.count * _matmul_flops(found, operands)
+        if instruction.computation not in types:
+            lines = map(INSTRUCTION.match, computations[instruction.computation])
+            types[instruction.computation] = {match[1]: match[2] for match in lines if match}
+        operands = [
+            types[instruction.computation].get(name, "") for name in operands_of(instruction.rest)
+        ]
+        total += instruction.count * _matmul_flops(instruction, operands)
     return total
 
 
@@ -115,23 +117,25 @@ def instructions(text: str) -> Iterator[Instruction]:
 
     def walk(name: str, count: int, depth: int, known: bool) -> Iterator[Instruction]:
         for match in filter(None, map(INSTRUCTION.match, computations[name])):
-            found = Instruction(name, match[1], match[2], match[3], match[4], count, depth, known)
-            yield found
-            if found.operation == "while":
-                body = re.search(r"body=%?([\w.\-]+)", found.rest)
+            instruction = Instruction(
+                name, match[1], match[2], match[3], match[4], count, depth, known
+            )
+            yield instruction
+            if instruction.operation == "while":
+                body = re.search(r"body=%?([\w.\-]+)", instruction.rest)
                 assert body
-                trips = _trips(found, computations, lines)
+                trips = _trips(instruction, computations, lines)
                 yield from walk(
                     body[1],
                     count * (1 if trips is None else trips),
                     depth + 1,
                     known and trips is not None,
                 )
-            elif found.operation == "conditional":
-                for branch in branches_of(found.rest):
+            elif instruction.operation == "conditional":
+                for branch in branches_of(instruction.rest):
                     yield from walk(branch, count, depth, known)
-            elif found.operation in ("call", "fusion", "async-start"):
-                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", found.rest):
+            elif instruction.operation in ("call", "fusion", "async-start"):
+                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.rest):
                     yield from walk(called, count, depth, known)
 
     return walk(entry, 1, 0, True)
@@ -144,22 +148,22 @@ def branches_of(rest: str) -> list[str]:
 
 
 def _trips(
-    found: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]
+    loop: Instruction, computations: dict[str, list[str]], lines: dict[str, re.Match]
 ) -> int | None:
     """How often a loop turns: as XLA notes it, or, where turns were taken out of it for pipelining,
     from where its counter starts to the constant that it stays below. None: it depends on the
     data."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', found.rest):
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", found.rest)
-    place = re.search(r'known_induction_variable":\{"tuple_index":"(\d+)"', found.rest)
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    place = re.search(r'known_induction_variable":\{"tuple_index":"(\d+)"', loop.rest)
     if not condition or not place:
         return None
     text = list(computations[condition[1]])
     for called in re.findall(r"calls=%?([\w.\-]+)", "\n".join(text)):
         text += computations[called]
     bound = re.search(r"s32\[\] constant\((\d+)\)", "\n".join(text))
-    start = _constant(operands_of(lines[operands_of(found.rest)[0]][4])[int(place[1])], lines)
+    start = _constant(operands_of(lines[operands_of(loop.rest)[0]][4])[int(place[1])], lines)
     if not bound or start is None or "direction=LT" not in "\n".join(text):
         return None
     return int(bound[1]) - start
@@ -196,7 +200,7 @@ def arrays(result: str) -> list[Array]:
     Raises:
       ValueError: a dtype whose size is not known.
     """
-    found = []
+    parsed = []
     for dtype, text, layout in _SHAPE.findall(result):
         if dtype not in _BITS:
             raise ValueError(
@@ -205,12 +209,12 @@ def arrays(result: str) -> list[Array]:
         dims = tuple(int(n) for n in text.split(",") if n)
         packed = re.search(r"E\((\d+)\)", layout)
         bits = int(packed[1]) if packed else _BITS[dtype]
-        found.append(Array(dtype, dims, -(-bits * math.prod(dims) // 8)))
-    return found
+        parsed.append(Array(dtype, dims, -(-bits * math.prod(dims) // 8)))
+    return parsed
 
 
-def _matmul_flops(found: Instruction, operands: list[str]) -> int:
-    target = re.search(r'custom_call_target="([^"]*)"', found.rest)
+def _matmul_flops(instruction: Instruction, operands: list[str]) -> int:
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
     dims = [_dims(operand) for operand in operands]
     if (
         target and "fmha" in target[1]
@@ -219,16 +223,18 @@ def _matmul_flops(found: Instruction, operands: list[str]) -> int:
         return 2 * B * S * T * H * K * (5 if "Backward" in target[1] else 2)
     if target and "gemm" not in target[1]:
         return 0
-    contracted = re.search(r"lhs_contracting_dim(?:s=\{|ensions\":\[\")([\d\",]*)", found.rest)
-    assert contracted, f"a matmul without contracted dimensions: {found.rest[:200]}"
+    contracted = re.search(
+        r"lhs_contracting_dim(?:s=\{|ensions\":\[\")([\d\",]*)", instruction.rest
+    )
+    assert contracted, f"a matmul without contracted dimensions: {instruction.rest[:200]}"
     inner = math.prod(dims[0][int(dim)] for dim in re.findall(r"\d+", contracted[1]))
-    return 2 * inner * math.prod(_dims(found.result))
+    return 2 * inner * math.prod(_dims(instruction.result))
 
 
 def _dims(text: str) -> tuple[int, ...]:
-    found = arrays(text)
-    assert found, f"no shape in {text[:100]}"
-    return found[0].dims
+    parsed = arrays(text)
+    assert parsed, f"no shape in {text[:100]}"
+    return parsed[0].dims
 
 
 class Sources:
@@ -238,7 +244,10 @@ class Sources:
         def table(name: str, pattern: str) -> dict[int, tuple[str, ...]]:
             block = re.search(rf"^{name}\n((?:\d+ .*\n)*)", text, re.M)
             return (
-                {int(n): tuple(found) for n, *found in re.findall(r"(\d+) " + pattern, block[1])}
+                {
+                    int(n): tuple(numbers)
+                    for n, *numbers in re.findall(r"(\d+) " + pattern, block[1])
+                }
                 if block
                 else {}
             )
@@ -304,8 +313,10 @@ def _phase(rest: str) -> str:
 
 def shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:
     """Every (dtype, shape) that an instruction of a module makes."""
-    found = (INSTRUCTION.match(line) for body in computations_of(text)[0].values() for line in body)
-    return {(array.dtype, array.dims) for line in found if line for array in arrays(line[2])}
+    matches = (
+        INSTRUCTION.match(line) for body in computations_of(text)[0].values() for line in body
+    )
+    return {(array.dtype, array.dims) for line in matches if line for array in arrays(line[2])}
 
 
 def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
@@ -324,12 +335,16 @@ def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _collective(
     kind: str,
-    found: Instruction,
+    instruction: Instruction,
     groups: dict[frozenset, tuple[str, ...]],
     source: Sources,
     described: str,
 ) -> Collective:
-    result, rest, start = found.result, found.rest, found.operation.endswith("-start")
+    result, rest, start = (
+        instruction.result,
+        instruction.rest,
+        instruction.operation.endswith("-start"),
+    )
     parts = arrays(result)
     sizes = [part.bytes for part in parts]
     # The result of a start is ((operands), results): keep the larger half. Older all-reduce-starts
@@ -339,7 +354,7 @@ def _collective(
         total = max(sum(sizes[:half]), sum(sizes[half : 2 * half]))
     else:
         total = sum(sizes)
-    assert found.known, f"a collective in a loop of unknown length: {found.name}"
+    assert instruction.known, f"a collective in a loop of unknown length: {instruction.name}"
     group = _groups(rest)
     if kind == "reduce-scatter" and not start:
         total *= len(next(iter(group)))
@@ -348,8 +363,8 @@ def _collective(
         groups.get(group, ("?",)),
         "+".join(sorted({part.dtype for part in parts if part.bytes})),
         total,
-        found.count,
-        found.depth,
+        instruction.count,
+        instruction.depth,
         tuple(sorted(min(group, key=min))) if group else (),
         source.of(described),
         _phase(described),
@@ -411,11 +426,11 @@ def _axis_groups(mesh: "Mesh") -> dict[frozenset, tuple[str, ...]]:
     device."""
     ids = np.arange(mesh.size).reshape(mesh.devices.shape)
     used = [dim for dim, size in enumerate(ids.shape) if size > 1]
-    found = {}
+    groups = {}
     for dims in itertools.chain.from_iterable(
         itertools.combinations(used, n) for n in range(len(used) + 1)
     ):
         rest = [dim for dim in range(ids.ndim) if dim not in dims]
         rows = ids.transpose([*rest, *dims]).reshape(-1, math.prod(ids.shape[dim] for dim in dims))
-        found[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)
-    return found
+        groups[_rows(rows)] = tuple(mesh.axis_names[dim] for dim in dims)
+    return groups
