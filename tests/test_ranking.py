@@ -264,4 +264,6 @@ def test_4096_devices_in_ten_seconds():
         begin = time.process_time()
         assert rank(bundled("llama3_70b", train=dict(batch_size=4096)), H100, 4096)
         seconds.append(time.process_time() - begin)
+        if seconds[-1] < 10:
+            break
     assert min(seconds) < 10
